@@ -1,0 +1,237 @@
+"""The formulas in plain PyTorch: oracle, fallback and documentation of the fast path.
+
+Same names and signatures as :mod:`fastvq.functional`. Two searches live here:
+:func:`nearest_code` is the oracle that every backend must equal, and
+:func:`nearest_code_expanded` is the formula in common use that materialises a
+``[n_tokens, n_codes]`` matrix, kept as the thing to compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvq.distributed import all_reduce_sum, broadcast_from_rank_0
+
+# One [tokens, codes] float64 tile and one temporary of the same size stay in a core's cache.
+_TOKENS_PER_TILE = 64
+_CODES_PER_TILE = 2048
+
+
+class Quantized(NamedTuple):
+    """Result of ``quantize``: ``quantized [..., D]``, ``indices [...]`` int64 and the scalar ``loss``."""
+
+    quantized: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+    """Index of the nearest code of every token, evaluated in float64.
+
+    ``euclidean``: ``argmin_k Σ_j (x_j - e_kj)²``; ``dot``: ``argmax_k Σ_j x_j e_kj``;
+    ``cosine``: ``argmax_k (Σ_j x_j e_kj) / |e_k|`` with similarity 0 where ``|e_k| = 0``.
+    Every subtraction, product, quotient and addition is rounded to float64 separately, sums run
+    over ascending ``j``, and the lowest ``k`` wins a tie. This defines what "exact" means in fastvq.
+
+    Args:
+        x: tokens ``[N, D]``, any floating dtype.
+        codebook: codes ``[K, D]``, any floating dtype.
+        metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
+
+    Returns:
+        int64 ``[N]``. A token with a NaN or an infinity gets -1; a code with one is never chosen.
+    """
+    indices = x.new_full((len(x),), -1, dtype=torch.int64)
+    best = x.new_full((len(x),), -torch.inf, dtype=torch.float64)
+    for k0 in range(0, len(codebook), _CODES_PER_TILE):
+        codes = codebook[k0 : k0 + _CODES_PER_TILE]
+        excluded = ~torch.isfinite(codes).all(1)
+        columns = coordinates_first(codes)[:, None, :]
+        for i0 in range(0, len(x), _TOKENS_PER_TILE):
+            rows = slice(i0, i0 + _TOKENS_PER_TILE)
+            score = pair_score(coordinates_first(x[rows])[:, :, None], columns, metric)
+            # A distance that overflows still loses to none but the excluded codes.
+            score.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=torch.finfo(torch.float64).min)
+            score.masked_fill_(excluded, -torch.inf)
+            tile_best, tile_index = score.max(1)
+            better = tile_best > best[rows]
+            best[rows] = torch.where(better, tile_best, best[rows])
+            indices[rows] = torch.where(better, tile_index + k0, indices[rows])
+    return indices.masked_fill_(~torch.isfinite(x).all(1), -1)
+
+
+def coordinates_first(rows: Tensor) -> Tensor:
+    """``rows [M, D]`` as float64 ``[D, M]`` with every coordinate contiguous, the layout of :func:`pair_score`."""
+    return rows.double().t().contiguous()
+
+
+def pair_score(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
+    """Score of token-code pairs, larger is nearer: the one place where the oracle's arithmetic is written.
+
+    Args:
+        tokens, codes: float64 ``[D, ...]``, the coordinates first, broadcast against each other.
+        metric: ``"euclidean"`` gives the negated squared distance, the others the similarity
+            (for ``"cosine"`` without the factor ``1/|x|``, which does not change the order).
+
+    Returns:
+        float64 of the broadcast shape without the first dimension.
+    """
+    shape = torch.broadcast_shapes(tokens.shape[1:], codes.shape[1:])
+    score = tokens.new_zeros(shape)
+    term = torch.empty_like(score)
+    for x_j, e_j in zip(tokens, codes, strict=True):
+        # Separate operations: a fused multiply-add would round differently on every machine.
+        if metric == "euclidean":
+            torch.sub(x_j, e_j, out=term)
+            score.sub_(term.mul_(term))
+        else:
+            torch.mul(x_j, e_j, out=term)
+            score.add_(term)
+    if metric == "cosine":
+        norm = code_norms(codes)
+        score = torch.where(norm > 0, score / norm, 0.0)
+    return score
+
+
+def code_norms(codes: Tensor) -> Tensor:
+    """Euclidean norms of float64 ``codes [D, ...]`` over the first dimension, summed in ascending order."""
+    squares = torch.zeros_like(codes[0])
+    for e_j in codes:
+        squares.add_(e_j * e_j)
+    return squares.sqrt_()
+
+
+def nearest_code_expanded(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+    """The search in common use: ``argmin |x|² - 2 x·Eᵀ + |E|²`` over a full ``[N, K]`` matrix.
+
+    Computed in the dtype of the inputs, so it shares the rounding of the modules that fastvq
+    replaces (VideoGPT ``videogpt/vqvae.py``, ESM3 ``esm/layers/codebook.py``). Baseline only.
+
+    Args:
+        x: tokens ``[N, D]``.
+        codebook: codes ``[K, D]`` of the same dtype.
+        metric: as in :func:`nearest_code`.
+
+    Returns:
+        int64 ``[N]``.
+    """
+    if metric == "cosine":
+        x, codebook = F.normalize(x, dim=1), F.normalize(codebook, dim=1)
+    if metric != "euclidean":
+        return (x @ codebook.t()).argmax(1)
+    distances = (x**2).sum(1, keepdim=True) - 2 * x @ codebook.t() + (codebook.t() ** 2).sum(0, keepdim=True)
+    return distances.argmin(1)
+
+
+def code_statistics(x: Tensor, indices: Tensor, n_codes: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens per code and their sums: ``counts = Σ one_hot``, ``sums = one_hotᵀ x``, materialising the one-hot.
+
+    Shapes and dtypes as in :func:`fastvq.code_statistics`.
+    """
+    flat, codes = x.reshape(-1, x.shape[-1]).float(), indices.reshape(-1)
+    kept = codes >= 0 if mask is None else (codes >= 0) & mask.reshape(-1)
+    one_hot = F.one_hot(codes[kept], n_codes).float()
+    return one_hot.sum(0), one_hot.t() @ flat[kept]
+
+
+def quantize(x: Tensor, codebook: Tensor, *, commitment_weight: float = 0.25, mask: Tensor | None = None) -> Quantized:
+    """Nearest code with a straight-through gradient, written with ``detach``.
+
+    ``q = E[argmin_k |x - e_k|²]``, ``loss = w · mse(x, sg[q])``, ``quantized = x + sg[q - x]``
+    (van den Oord et al. 2017, "Neural Discrete Representation Learning").
+    Shapes and dtypes as in :func:`fastvq.quantize`.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    indices = nearest_code(flat.detach(), codebook.detach()).view(x.shape[:-1])
+    if mask is not None:
+        indices = indices.masked_fill(~mask, -1)
+    codes = codebook.detach()[indices.clamp(min=0)]
+    kept = indices >= 0
+    loss = (
+        commitment_weight * F.mse_loss(x[kept].float(), codes[kept].float()) if kept.any() else x.new_zeros(()).float()
+    )
+    quantized = (x + (codes - x).detach()).to(x.dtype)
+    if mask is not None:
+        quantized = torch.where(mask[..., None], quantized, 0)
+    return Quantized(quantized, indices, loss)
+
+
+class EMACodebook(nn.Module):
+    """The published module with its EMA update filled in; it materialises ``[tokens, n_codes]`` matrices.
+
+    Forward and update follow ESM3's ``esm/layers/codebook.py`` (Apache-2.0 release of EvolutionaryScale's
+    esm), whose training branch is missing, and the update of VideoGPT's ``videogpt/vqvae.py``.
+    ``search`` replaces the expanded formula, for example by :func:`nearest_code`.
+    """
+
+    embeddings: Tensor
+    N: Tensor
+    z_avg: Tensor
+
+    def __init__(
+        self,
+        n_codes: int,
+        embedding_dim: int,
+        no_random_restart: bool = True,
+        restart_thres: float = 1.0,
+        ema_decay: float = 0.99,
+        search: Callable[[Tensor, Tensor], Tensor] = nearest_code_expanded,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", torch.randn(n_codes, embedding_dim))
+        self.register_buffer("N", torch.zeros(n_codes))
+        self.register_buffer("z_avg", self.embeddings.clone())
+        self.n_codes = n_codes
+        self.embedding_dim = embedding_dim
+        self.no_random_restart = no_random_restart
+        self.restart_thres = restart_thres
+        self.ema_decay = ema_decay
+        self.search = search
+        self.freeze_codebook = False
+        self._need_init = True
+
+    def _tile(self, x: Tensor) -> Tensor:
+        if len(x) < self.n_codes:
+            repeats = -(-self.n_codes // len(x))
+            x = x.repeat(repeats, 1)
+            x = x + torch.randn_like(x) * (0.01 / self.embedding_dim**0.5)
+        return x
+
+    def _draw(self, flat: Tensor) -> Tensor:
+        tiled = self._tile(flat)
+        return broadcast_from_rank_0(tiled[torch.randperm(len(tiled), device=tiled.device)][: self.n_codes])
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize ``z [..., D]`` and, in training, update the codebook: ``(quantized, indices, loss)``."""
+        flat = z.detach().reshape(-1, self.embedding_dim)
+        learns = self.training and not self.freeze_codebook
+        if learns and self._need_init:
+            self._need_init = False
+            rows = self._draw(flat)
+            self.embeddings.copy_(rows)
+            self.z_avg.copy_(rows)
+            self.N.fill_(1)
+        indices = self.search(flat, self.embeddings)
+        codes = F.embedding(indices, self.embeddings).view(z.shape)
+        loss = 0.25 * F.mse_loss(z, codes.detach())
+        if learns:
+            self._update(flat, F.one_hot(indices, self.n_codes).type_as(flat))
+        return z + (codes - z).detach(), indices.view(z.shape[:-1]), loss
+
+    @torch.no_grad()
+    def _update(self, flat: Tensor, one_hot: Tensor) -> None:
+        n_total = all_reduce_sum(one_hot.sum(0))
+        sums = all_reduce_sum(one_hot.t() @ flat)
+        self.N.mul_(self.ema_decay).add_(n_total, alpha=1 - self.ema_decay)
+        self.z_avg.mul_(self.ema_decay).add_(sums, alpha=1 - self.ema_decay)
+        n = self.N.sum()
+        weights = (self.N + 1e-7) / (n + self.n_codes * 1e-7) * n
+        self.embeddings.copy_(self.z_avg / weights[:, None])
+        if not self.no_random_restart:
+            used = (self.N >= self.restart_thres)[:, None]
+            self.embeddings.copy_(torch.where(used, self.embeddings, self._draw(flat)))
