@@ -1,0 +1,1 @@
+"""Triton kernels of fastvq: tensors in, tensors out; no modules, no autograd."""

@@ -1,0 +1,65 @@
+"""Scatter-add of the EMA statistics: tokens per code and their sums."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import ACCUMULATE
+
+
+@triton.jit
+def accumulate_kernel(
+    p_x,  # [N, D] float32, float16 or bfloat16
+    p_indices,  # [N] int64
+    p_counts,  # [K] int32
+    p_sums,  # [K, D] float32
+    N,
+    D,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One program adds BD dimensions of BN tokens to the rows of their codes, by float32 atomics.
+
+    Tokens with index -1 are left out. The programs of the first block of dimensions count, in integers.
+    The order of the float32 additions differs from run to run.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
+    b_index = tl.load(p_indices + o_n, mask=o_n < N, other=-1)  # [BN]
+    has_code = b_index >= 0
+    m_x = has_code[:, None] & (o_d < D)
+    b_x = tl.load(p_x + o_n[:, None] * D + o_d, mask=m_x, other=0.0).to(tl.float32)  # [BN, BD]
+    tl.atomic_add(p_sums + b_index[:, None] * D + o_d, b_x, mask=m_x, sem="relaxed")
+    if tl.program_id(1) == 0:
+        tl.atomic_add(p_counts + b_index, tl.full([BN], 1, tl.int32), mask=has_code, sem="relaxed")
+
+
+def code_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
+    """Counts ``[K]`` and sums ``[K, D]``, both float32.
+
+    Args:
+        x: tokens ``[N, D]``, any floating dtype; added in float32.
+        indices: int64 ``[N]`` in ``[-1, K)``; -1 is left out.
+        n_codes: K.
+    """
+    n_tokens, dim = x.shape
+    x = (x.float() if x.dtype == torch.float64 else x).contiguous()
+    counts = torch.zeros(n_codes, dtype=torch.int32, device=x.device)
+    sums = torch.zeros(n_codes, dim, dtype=torch.float32, device=x.device)
+    if n_tokens:
+        grid = (triton.cdiv(n_tokens, ACCUMULATE.BN), triton.cdiv(dim, ACCUMULATE.BD))
+        accumulate_kernel[grid](
+            x,
+            indices.contiguous(),
+            counts,
+            sums,
+            n_tokens,
+            dim,
+            BN=ACCUMULATE.BN,
+            BD=ACCUMULATE.BD,
+            num_warps=ACCUMULATE.num_warps,
+        )
+    return counts.float(), sums
