@@ -1,0 +1,85 @@
+"""Which implementation runs, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastvq import cpu, reference
+from fastvq.precision import full_precision
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+METRICS = ("euclidean", "cosine", "dot")
+
+
+def choose_backend(device: torch.device, backend: str = "auto") -> tuple[str, str]:
+    """The backend that runs on ``device`` and the reason.
+
+    Args:
+        device: where the tensors are.
+        backend: ``"auto"`` or a name, which is checked against the device.
+
+    Returns:
+        ``(name, reason)`` with name ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or ``"triton"`` cannot run on ``device``.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend in ("torch", "reference"):
+        return backend, "asked for by name"
+    obstacle = _obstacle_to_triton(device)
+    if backend == "triton":
+        if obstacle:
+            raise ValueError(f"backend 'triton' cannot run here: {obstacle}")
+        return "triton", "asked for by name"
+    if device.type == "cpu":
+        return "torch", "the blocked PyTorch path is the fast one on a CPU"
+    if obstacle:
+        return "torch", obstacle
+    return "triton", f"tensors are on {device.type} and Triton {_triton_version()} is installed"
+
+
+def _obstacle_to_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu" and not interpreting():
+        return "tensors are on the CPU; set TRITON_INTERPRET=1 before Python starts to run the kernels interpreted"
+    if device.type not in ("cpu", "cuda"):
+        return f"Triton kernels run on CUDA and ROCm devices, tensors are on {device.type}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+def search(x: Tensor, codebook: Tensor, metric: str, backend: str) -> Tensor:
+    """``nearest_code`` of the chosen backend on ``[N, D]`` with ``[K, D]``, or ``[H, N, D]`` with ``[H, K, D]``."""
+    if x.dim() == 3:
+        heads = [search(tokens, codes, metric, backend) for tokens, codes in zip(x, codebook, strict=True)]
+        return torch.stack(heads) if heads else x.new_empty(x.shape[:2], dtype=torch.int64)
+    with torch.no_grad(), full_precision(x.device):
+        return _searches()[choose_backend(x.device, backend)[0]](x, codebook, metric)
+
+
+def _searches() -> dict[str, Callable[[Tensor, Tensor, str], Tensor]]:
+    return {"torch": cpu.nearest_code, "reference": reference.nearest_code, "triton": _triton_search}
+
+
+def _triton_search(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    from fastvq_kernels.nearest import nearest_code
+
+    return nearest_code(x, codebook, metric)

@@ -1,0 +1,252 @@
+"""The public functions: they check their arguments, flatten leading dimensions and call the operators."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastvq import ops
+from fastvq.backends import METRICS, choose_backend
+from fastvq.reference import Quantized, coordinates_first, pair_score
+from fastvq.straight_through import StraightThrough
+
+
+@overload
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    return_distance: Literal[False] = ...,
+    mask: Tensor | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    return_distance: Literal[True],
+    mask: Tensor | None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = "euclidean",
+    return_distance: bool = False,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Index of the nearest code of every token, without a ``[tokens, codes]`` matrix.
+
+    ``euclidean``: ``argmin_k Σ_j (x_j - e_kj)²``; ``dot``: ``argmax_k Σ_j x_j e_kj``; ``cosine``:
+    ``argmax_k Σ_j x_j e_kj / (|x| |e_k|)``, 0 where a norm is 0. Exact means: as evaluated in float64, sums over
+    ascending ``j``, the lowest index on ties (:func:`fastvq.reference.nearest_code`).
+
+    Args:
+        x: tokens ``[..., D]``, floating; or ``[H, ..., D]`` with one codebook per head.
+        codebook: codes ``[K, D]`` or ``[H, K, D]``, floating, K ≥ 1.
+        metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
+        return_distance: also return the squared distances (the similarities for the other two metrics).
+        mask: bool ``[...]``, True for a real token. Default: all.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        int64 indices ``[...]``; -1 for a token that is masked out or holds a NaN or an infinity. A code that holds
+        one is never chosen. With ``return_distance`` also float32 ``[...]``, NaN where the index is -1.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or ``mask`` is not boolean.
+        ValueError: shapes or devices do not match, ``metric`` or ``backend`` is unknown, or the backend cannot run.
+    """
+    _check_search(x, codebook, metric)
+    _check_mask(mask, x)
+    choose_backend(x.device, backend)
+    heads = codebook.shape[:-2]
+    tokens = x.detach().reshape(*heads, -1, x.shape[-1])
+    indices = ops.nearest_code(tokens, codebook.detach(), metric, backend).view(x.shape[:-1])
+    if mask is not None:
+        indices = torch.where(mask, indices, -1)
+    if not return_distance:
+        return indices
+    return indices, _distance(x.detach(), codebook.detach(), indices, metric)
+
+
+def _distance(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
+    """The oracle's float64 value for the chosen pairs, as float32."""
+    tokens = coordinates_first(x.reshape(-1, x.shape[-1]))
+    score = pair_score(tokens, coordinates_first(_gather(indices, codebook).reshape(-1, x.shape[-1])), metric)
+    if metric == "euclidean":
+        score = -score
+    elif metric == "cosine":
+        norm = pair_score(tokens, tokens, "dot").sqrt()
+        score = torch.where(norm > 0, score / norm, 0)
+    return torch.where(indices < 0, torch.nan, score.view(indices.shape)).float()
+
+
+def code_statistics(
+    x: Tensor,
+    indices: Tensor,
+    n_codes: int,
+    *,
+    mask: Tensor | None = None,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Number of tokens per code and their sums: ``counts_k = |{i: idx_i = k}|``, ``sums_k = Σ_{i: idx_i = k} x_i``.
+
+    Args:
+        x: tokens ``[..., D]``, floating.
+        indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out.
+        n_codes: K ≥ 1.
+        mask: bool ``[...]``, False is left out. Default: all.
+        deterministic: add in a fixed order. Default: as ``torch.are_deterministic_algorithms_enabled()`` says.
+            The CPU always does.
+
+    Returns:
+        ``(counts [K], sums [K, D])``, float32, accumulated in integers and in float32.
+
+    Raises:
+        TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
+        ValueError: shapes or devices do not match, or ``n_codes`` is not positive.
+    """
+    _check_floating("x", x)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be an int64 tensor, got {_describe(indices)}")
+    if indices.shape != x.shape[:-1]:
+        raise ValueError(f"indices must be {list(x.shape[:-1])} to match x, got {list(indices.shape)}")
+    _check_same_device("indices", indices, x)
+    if n_codes < 1:
+        raise ValueError(f"n_codes must be at least 1, got {n_codes}")
+    _check_mask(mask, x)
+    if mask is not None:
+        indices = torch.where(mask, indices, -1)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    flat = x.detach().reshape(-1, x.shape[-1])
+    return ops.code_statistics(flat, indices.reshape(-1), n_codes, deterministic)
+
+
+def quantize(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    commitment_weight: float = 0.25,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Quantized:
+    """Replace every token by its nearest code, with the gradient passed straight through.
+
+    ``quantized = e_idx`` with ``idx = argmin_k |x - e_k|²``; ``loss = w · mean (x - e_idx)²`` over the tokens that
+    have a code; ``∂L/∂x = ∂L/∂quantized + ∂L/∂loss · 2w(x - e_idx)/(n·D)`` (van den Oord et al. 2017,
+    arXiv 1711.00937). No gradient flows to ``codebook``: it learns by moving averages, or through :func:`lookup`.
+
+    Args:
+        x: tokens ``[..., D]``, floating; or ``[H, ..., D]`` with one codebook per head.
+        codebook: codes ``[K, D]`` or ``[H, K, D]``, floating.
+        commitment_weight: ``w``.
+        mask: bool ``[...]``, True for a real token. Default: all.
+        backend: as in :func:`nearest_code`.
+
+    Returns:
+        ``quantized [..., D]`` in the dtype of ``x`` (zero where masked, NaN where the token holds a NaN or an
+        infinity), ``indices [...]`` int64 as in :func:`nearest_code`, and the scalar ``loss``, at least float32
+        (0 without tokens).
+
+    Raises:
+        TypeError, ValueError: as :func:`nearest_code`.
+    """
+    indices = nearest_code(x, codebook, mask=mask, backend=backend)
+    codes = _gather(indices, codebook.detach())
+    quantized, loss = StraightThrough.apply(x, codes, indices, mask, commitment_weight)
+    return Quantized(quantized, indices, loss)
+
+
+def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
+    """The codes of given indices: ``codebook[indices]``, and a zero row for -1. Differentiable in ``codebook``.
+
+    Args:
+        indices: int64 ``[...]``, each in ``[-1, K)``; or ``[H, ...]`` with one codebook per head.
+        codebook: codes ``[K, D]`` or ``[H, K, D]``.
+
+    Returns:
+        ``[..., D]`` in the dtype of ``codebook``.
+
+    Raises:
+        TypeError: ``indices`` is not int64 or int32, or ``codebook`` not floating.
+        ValueError: ``codebook`` has another rank, or the devices or the numbers of heads differ.
+    """
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be an int64 or int32 tensor, got {_describe(indices)}")
+    _check_codebook(codebook)
+    _check_same_device("indices", indices, codebook)
+    if codebook.dim() == 3 and indices.shape[:1] != codebook.shape[:1]:
+        raise ValueError(f"indices must be [{len(codebook)}, ...] to match codebook, got {list(indices.shape)}")
+    return torch.where(indices[..., None] < 0, 0, _gather(indices, codebook))
+
+
+def _gather(indices: Tensor, codebook: Tensor) -> Tensor:
+    """``codebook[indices]`` with any row for -1."""
+    rows = indices.clamp(min=0)
+    if codebook.dim() == 3:
+        heads = torch.arange(len(codebook), device=codebook.device)
+        return codebook[heads.view(-1, *[1] * (rows.dim() - 1)), rows]
+    return torch.nn.functional.embedding(rows, codebook)
+
+
+def _check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
+    _check_floating("x", x)
+    _check_codebook(codebook)
+    if x.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"codebook must be {_expected_codebook(codebook, x.shape[-1])} to match x, got {list(codebook.shape)}"
+        )
+    if codebook.dim() == 3 and (x.dim() < 2 or x.shape[0] != codebook.shape[0]):
+        raise ValueError(
+            f"x must be [{codebook.shape[0]}, ..., {x.shape[-1]}] to match the heads of codebook, got {list(x.shape)}"
+        )
+    _check_same_device("codebook", codebook, x)
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
+
+
+def _check_codebook(codebook: Tensor) -> None:
+    _check_floating("codebook", codebook)
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"codebook must be [n_codes, D] or [heads, n_codes, D], got {list(codebook.shape)}")
+    if codebook.shape[-2] == 0:
+        raise ValueError(f"codebook must hold at least one code, got {list(codebook.shape)}")
+
+
+def _expected_codebook(codebook: Tensor, dim: int) -> str:
+    return f"[n_codes, {dim}]" if codebook.dim() == 2 else f"[heads, n_codes, {dim}]"
+
+
+def _check_floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{name} must have a last dimension of at least 1, got {list(value.shape)}")
+
+
+def _check_same_device(name: str, value: Tensor, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like the other tensor, got {value.device}")
+
+
+def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a boolean tensor, got {_describe(mask)}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {list(x.shape[:-1])}, the leading shape of x, got {list(mask.shape)}")
+    _check_same_device("mask", mask, x)
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,36 @@
+"""Tokens per code and their sums: the input of the EMA update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq.backends import choose_backend
+
+
+def statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) -> tuple[Tensor, Tensor]:
+    """Counts and sums of ``x [N, D]`` by ``indices [N]``; -1 is left out.
+
+    ``deterministic`` fixes the order of the float32 additions; the scatter-add kernel's atomics do not.
+    """
+    with torch.no_grad():
+        if deterministic or choose_backend(x.device)[0] == "torch":
+            return _scatter_add(x, indices, n_codes, deterministic)
+        from fastvq_kernels.accumulate import code_statistics
+
+        return code_statistics(x, indices, n_codes)
+
+
+def _scatter_add(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) -> tuple[Tensor, Tensor]:
+    # A spare last row takes the tokens without a code, so that no shape depends on the data.
+    rows = torch.where(indices < 0, n_codes, indices)
+    values = torch.where(indices[:, None] < 0, 0, x).float()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(before[0] or deterministic, warn_only=before[1])
+    try:
+        sums = values.new_zeros(n_codes + 1, x.shape[1]).index_add_(0, rows, values)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    # Integer counts: float32 stops counting at 2^24.
+    counts = torch.zeros(n_codes + 1, dtype=torch.int64, device=x.device).index_add_(0, rows, torch.ones_like(rows))
+    return counts[:-1].float(), sums[:-1]
