@@ -1,0 +1,1 @@
+"""Evidence for what fastvq claims: commands anyone can run."""
