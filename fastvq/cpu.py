@@ -183,10 +183,11 @@ def _search_block(x: Tensor, codebook: Tensor, packed: _PackedCodebook, buffer: 
         groups, owners = groups[certain], owners[certain]
 
     upper = _refine(tokens, groups, owners, packed)  # [pairs, G]
-    best_lower = torch.baddbmm(upper[..., None], packed.norms[groups], to_lower[owners, :, None]).amax((1, 2))
+    norms, factors = packed.norms.index_select(0, groups), to_lower.index_select(0, owners)
+    best_lower = torch.baddbmm(upper[..., None], norms, factors[..., None]).amax((1, 2))
     lower = torch.full_like(a, -torch.inf).scatter_reduce_(0, owners, best_lower, "amax") - slack
-    pairs, members = (upper >= lower[owners, None]).nonzero().unbind(1)
-    owners, candidates = owners[pairs], groups[pairs] * upper.shape[1] + members
+    pairs, members = (upper >= lower.index_select(0, owners)[:, None]).nonzero().unbind(1)
+    owners, candidates = owners.index_select(0, pairs), groups.index_select(0, pairs) * upper.shape[1] + members
 
     indices = _settle(x, codebook, owners, candidates, packed.metric)
     if open_tokens.any():
@@ -222,8 +223,8 @@ def _refine(tokens: Tensor, groups: Tensor, owners: Tensor, packed: _PackedCodeb
 def _settle(x: Tensor, codebook: Tensor, owners: Tensor, candidates: Tensor, metric: str) -> Tensor:
     """The winner among each token's candidates, by the oracle's arithmetic where there are several."""
     indices = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    indices[owners] = candidates
-    several = torch.bincount(owners, minlength=len(x))[owners] > 1
+    indices.scatter_(0, owners, candidates)
+    several = torch.bincount(owners, minlength=len(x)).index_select(0, owners) > 1
     if several.any():
         owners, candidates = owners[several], candidates[several]
         tokens, codes = reference.coordinates_first(x[owners]), reference.coordinates_first(codebook[candidates])

@@ -75,7 +75,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     """
     finite = torch.isfinite(x).all(1)
     # The certified search takes this function's place: half-precision scan, refinement, float64 where open.
-    tokens, codes, half_norms = _float32_problem(x, codebook, metric)
+    tokens, codes, half_norms = _float32_problem(torch.where(finite[:, None], x, 0), codebook, metric)
     indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
     if len(x):
         config = nearest_config()

@@ -1,0 +1,68 @@
+"""What a user installs and imports."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("fastvq_triton-*.whl"))
+
+
+def python(code, site, **environment):
+    """Run ``code`` with ``site`` on the path and the checkout off it."""
+    hide = (
+        f"import sys; sys.path[:] = [p for p in sys.path if p not in ({str(ROOT)!r}, {str(ROOT / 'kernels')!r}, '')]\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(site), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", hide + code], cwd=site, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_wheel_has_two_top_level_packages(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fastvq", "fastvq_kernels"}
+    assert {"fastvq/py.typed", "fastvq_kernels/py.typed"} <= set(names)
+
+
+def test_installed_wheel_leaves_transformers_as_it_was(wheel, tmp_path):
+    ask = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    before = python(ask, tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    assert python("import fastvq; print(fastvq.__file__)", tmp_path).startswith(str(tmp_path))
+    assert python(ask, tmp_path) == before
+
+
+def test_bare_checkout_needs_torch_triton_and_numpy_only():
+    code = """
+import sys
+for name in ("typer", "rich", "matplotlib", "sklearn", "PIL", "scipy", "transformers"):
+    sys.modules[name] = None  # as if it were not installed
+import torch, fastvq, fastvq_kernels.nearest, fastvq_kernels.accumulate
+print(fastvq.EMACodebook(4, 2)(torch.randn(5, 2)).indices.shape)
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([5])" in done.stdout
+
+
+def test_kernels_folder_is_not_a_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()

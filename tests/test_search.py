@@ -1,0 +1,158 @@
+"""Indices of the search against the float64 oracle."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastvq
+from fastvq import cpu, reference
+
+METRICS = ("euclidean", "cosine", "dot")
+
+
+def brute_force(x, codebook, metric):
+    """The definition in Python floats, one pair at a time."""
+    indices = []
+    for token in x.double().tolist():
+        scores = []
+        for code in codebook.double().tolist():
+            if metric == "euclidean":
+                total = 0.0
+                for a, b in zip(token, code, strict=True):
+                    total += (a - b) * (a - b)
+                scores.append(-total)
+                continue
+            total = norm = 0.0
+            for a, b in zip(token, code, strict=True):
+                total += a * b
+                norm += b * b
+            scores.append(total if metric == "dot" else (total / norm**0.5 if norm else 0.0))
+        indices.append(scores.index(max(scores)))
+    return torch.tensor(indices)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_oracle_is_the_definition(metric):
+    x, codebook = torch.randn(30, 7), torch.randn(40, 7)
+    codebook[20:30] = codebook[5:15]
+    codebook[3] = 0
+    assert torch.equal(reference.nearest_code(x, codebook, metric), brute_force(x, codebook, metric))
+
+
+def test_oracle_keeps_ties_across_its_tiles_at_the_lowest_index():
+    codebook = torch.randn(1, 3).repeat(5000, 1)
+    assert torch.equal(reference.nearest_code(torch.randn(70, 3), codebook), torch.zeros(70, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (513, 1025, 3), (700, 252, 17), (100, 507, 123), (65, 3000, 64)])
+@pytest.mark.parametrize("offset", [0, 30])
+def test_indices_equal_float64(n, k, d, offset, metric):
+    x, codebook = torch.randn(n, d) + offset, torch.randn(k, d) + offset
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("metric", METRICS)
+def test_indices_equal_float64_for_every_dtype(dtype, metric):
+    x, codebook = (torch.randn(600, 12) + 3).to(dtype), (torch.randn(900, 12) + 3).to(dtype)
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    mixed = codebook.float() + 1e-4
+    assert torch.equal(cpu.nearest_code(x, mixed, metric), reference.nearest_code(x, mixed, metric))
+
+
+_SCALES = st.sampled_from([1e-38, 1e-30, 1e-20, 1e-6, 1.0, 1e6, 1e18, 1e30])
+
+
+@st.composite
+def problems(draw):
+    """Tokens and codes built to make scores collide, cancel, overflow and underflow."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    generator = torch.Generator().manual_seed(seed)
+    n, k = draw(st.integers(1, 90)), draw(st.integers(1, 150))
+    d = draw(st.sampled_from([1, 2, 3, 4, 8, 17, 64, 130]))
+    x, codebook = torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
+    if draw(st.booleans()):  # lattice: many exact ties
+        x, codebook = (2 * x).round(), (2 * codebook).round()
+    kind = draw(st.sampled_from(["none", "duplicates", "equal", "permuted", "one ulp", "outlier", "midpoints"]))
+    if kind == "duplicates":
+        codebook = codebook[torch.randint(k, (k,), generator=generator) // 2]
+    elif kind == "equal":
+        codebook = codebook[:1].repeat(k, 1)
+    elif kind == "permuted":
+        codebook = torch.stack([codebook[0][torch.randperm(d, generator=generator)] for _ in range(k)])
+        x = x[:, :1].repeat(1, d)
+    elif kind == "one ulp":
+        codebook = codebook[:1].repeat(k, 1)
+        codebook[torch.arange(k), torch.randint(d, (k,), generator=generator)] *= 1 + 2.0**-23
+    elif kind == "outlier":
+        codebook[draw(st.integers(0, k - 1))] *= draw(st.sampled_from([1e3, 1e6, 1e19]))
+    elif kind == "midpoints":
+        a, b = torch.randint(k, (2, n), generator=generator)
+        x = (codebook[a] + codebook[b]) / 2
+    if draw(st.booleans()):
+        offset = draw(st.sampled_from([1.0, 30.0, 1e4]))
+        x, codebook = x + offset, codebook + offset
+    x, codebook = x * draw(_SCALES), codebook * draw(_SCALES)
+    if draw(st.booleans()):  # mixed magnitudes within a row
+        factors = 10.0 ** torch.randint(-20, 20, (d,), generator=generator)
+        x, codebook = x * factors, codebook * factors
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+    return x.to(dtype), codebook.to(dtype), draw(st.sampled_from(METRICS))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(problems())
+def test_indices_equal_float64_whatever_the_data(problem):
+    x, codebook, metric = problem
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(-600, 600), st.integers(-600, 600), st.sampled_from(METRICS))
+def test_indices_equal_float64_at_the_edges_of_float64(seed, token_exponent, code_exponent, metric):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(20, 5, generator=generator, dtype=torch.float64) * 2.0**token_exponent
+    codebook = torch.randn(30, 5, generator=generator, dtype=torch.float64) * 2.0**code_exponent
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
+@pytest.mark.parametrize("step", [1, 7, 100, 512, 513])
+def test_indices_do_not_depend_on_the_batch_split(step):
+    x, codebook = (2 * torch.randn(1030, 6)).round(), (2 * torch.randn(700, 6)).round()
+    split = torch.cat([cpu.nearest_code(part, codebook) for part in x.split(step)])
+    assert torch.equal(split, cpu.nearest_code(x, codebook))
+
+
+def test_indices_do_not_depend_on_block_sizes(monkeypatch):
+    x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
+    expected = cpu.nearest_code(x, codebook)
+    for tokens, codes, values, groups in ((7, 64, 1, 1), (1, 128, 1000, 3), (512, 1024, 1 << 21, 10**6)):
+        monkeypatch.setattr(cpu, "_TOKENS_PER_BLOCK", tokens)
+        monkeypatch.setattr(cpu, "_CODES_PER_BLOCK", codes)
+        monkeypatch.setattr(cpu, "_GATHER_VALUES", values)
+        monkeypatch.setattr(cpu, "_MAX_GROUPS_PER_TOKEN", groups)
+        assert torch.equal(cpu.nearest_code(x, codebook), expected)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_reduced_precision_settings_of_the_caller_change_nothing(precision, autocast):
+    x, codebook = torch.randn(600, 64) + 3, torch.randn(800, 64) + 3
+    expected = reference.nearest_code(x, codebook)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            assert torch.equal(fastvq.nearest_code(x, codebook), expected)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_expanded_formula_errs_where_the_search_does_not():
+    x, codebook = torch.randn(2000, 128) + 30, torch.randn(1000, 128) + 30
+    expected = reference.nearest_code(x, codebook)
+    assert not torch.equal(reference.nearest_code_expanded(x, codebook), expected)
+    assert torch.equal(cpu.nearest_code(x, codebook), expected)
