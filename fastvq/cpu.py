@@ -40,11 +40,16 @@ from torch import Tensor
 
 from fastvq import reference
 
-# A 1024 x 512 float32 block (2 MiB) stays in the level-2 cache of current cores.
-_TOKENS_PER_BLOCK = 512
-_CODES_PER_BLOCK = 1024
-# Gathered groups are processed in pieces of this many float32 values (8 MiB).
-_GATHER_VALUES = 1 << 21
+# A 1024 x 512 float32 product (2 MiB) stays in the level-2 cache of current cores.
+_TOKENS_PER_PRODUCT = 512
+_CODES_PER_PRODUCT = 1024
+# Tokens are refined in blocks, as many as keep the maxima of all groups within this many values (4 MiB).
+_MAXIMA_PER_BLOCK = 1 << 20
+_TOKENS_PER_BLOCK = 4096
+# Groups are gathered and refined in pieces of this many float32 values (512 KiB), which stay in the cache too.
+_GATHER_VALUES = 1 << 17
+# Pairs are settled in pieces of this many float64 values (8 MiB).
+_SETTLE_VALUES = 1 << 20
 # A token with more candidate groups than this is cheaper in the oracle.
 _MAX_GROUPS_PER_TOKEN = 8
 # Largest scaled coordinate of a code: far from overflow, and codes 2^90 times smaller do not underflow.
@@ -90,12 +95,11 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tens
         return reference.nearest_code(x, codebook, metric)
 
     packed = _pack(codebook, metric)
-    indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    buffer = x.new_empty(_CODES_PER_BLOCK * _TOKENS_PER_BLOCK, dtype=torch.float32)
-    for i0 in range(0, len(x), _TOKENS_PER_BLOCK):
-        rows = slice(i0, i0 + _TOKENS_PER_BLOCK)
-        indices[rows] = _search_block(x[rows], codebook, packed, buffer)
-    return indices
+    if len(x) == 0:
+        return torch.empty(0, dtype=torch.int64, device=x.device)
+    n = max(_TOKENS_PER_PRODUCT, min(_TOKENS_PER_BLOCK, _MAXIMA_PER_BLOCK // len(packed.norms)))
+    blocks = [_search_block(block, codebook, packed) for block in x.split(n)]
+    return torch.cat(blocks)
 
 
 def _outside_scaled_range(codebook: Tensor) -> bool:
@@ -109,7 +113,7 @@ def _outside_scaled_range(codebook: Tensor) -> bool:
 
 def _group_size(n_codes: int, dim: int) -> int:
     """Codes per group: small groups cost passes over the maxima, large ones cost refinement (measured)."""
-    return min(64, max(8, 2 ** round(math.log2(max(1, 8 * n_codes / dim)) / 2)))
+    return min(64, max(8, 2 ** round(math.log2(max(1, 4 * n_codes / dim)) / 2)))
 
 
 def _error_constant(dim: int) -> float:
@@ -159,7 +163,7 @@ def _scaled_tokens(x: Tensor, packed: _PackedCodebook) -> Tensor:
     return (x.to(dtype) - packed.shift.to(dtype)) * packed.scale
 
 
-def _search_block(x: Tensor, codebook: Tensor, packed: _PackedCodebook, buffer: Tensor) -> Tensor:
+def _search_block(x: Tensor, codebook: Tensor, packed: _PackedCodebook) -> Tensor:
     """Indices of one block of finite tokens ``[n, D]``."""
     dim = x.shape[1]
     c = _error_constant(dim)
@@ -172,7 +176,7 @@ def _search_block(x: Tensor, codebook: Tensor, packed: _PackedCodebook, buffer: 
         slack += 4 * (dim + 4) * 2.0**-53 * a.square()
     to_lower = torch.stack([-2 * c * a, torch.full_like(a, -2 * c)], 1)  # [n, 2], multiplies (b, h)
 
-    maxima = _scan(tokens, packed, buffer)  # [groups, n]
+    maxima = _scan(tokens, packed)  # [groups, n]
     lower = torch.addmm(maxima, packed.norms.amax(1), to_lower.t()).amax(0) - slack
     groups, owners = (maxima >= lower).nonzero().unbind(1)
     # Out of float32's range, or crowded because many codes are alike: the oracle settles these.
@@ -195,16 +199,18 @@ def _search_block(x: Tensor, codebook: Tensor, packed: _PackedCodebook, buffer: 
     return indices
 
 
-def _scan(tokens: Tensor, packed: _PackedCodebook, buffer: Tensor) -> Tensor:
+def _scan(tokens: Tensor, packed: _PackedCodebook) -> Tensor:
     """Largest upper bound of every group for every token, ``[groups, n]``."""
-    n, (n_groups, group) = len(tokens), packed.norms.shape[:2]
-    maxima = torch.empty(n_groups, n, device=tokens.device)
-    step = _CODES_PER_BLOCK // group
-    for g0 in range(0, n_groups, step):
-        codes = packed.rows[g0 * group : (g0 + step) * group]
-        bounds = buffer[: len(codes) * n].view(len(codes), n)
-        torch.mm(codes, tokens.t(), out=bounds)
-        torch.amax(bounds.view(-1, group, n), 1, out=maxima[g0 : g0 + step])
+    n_groups, group = packed.norms.shape[:2]
+    maxima = torch.empty(n_groups, len(tokens), device=tokens.device)
+    buffer = torch.empty(_CODES_PER_PRODUCT * _TOKENS_PER_PRODUCT, device=tokens.device)
+    step = _CODES_PER_PRODUCT // group
+    for some, target in zip(tokens.split(_TOKENS_PER_PRODUCT), maxima.split(_TOKENS_PER_PRODUCT, 1), strict=True):
+        for g0 in range(0, n_groups, step):
+            codes = packed.rows[g0 * group : (g0 + step) * group]
+            bounds = buffer[: len(codes) * len(some)].view(len(codes), len(some))
+            torch.mm(codes, some.t(), out=bounds)
+            torch.amax(bounds.view(-1, group, len(some)), 1, out=target[g0 : g0 + step])
     return maxima
 
 
@@ -227,11 +233,16 @@ def _settle(x: Tensor, codebook: Tensor, owners: Tensor, candidates: Tensor, met
     several = torch.bincount(owners, minlength=len(x)).index_select(0, owners) > 1
     if several.any():
         owners, candidates = owners[several], candidates[several]
-        tokens, codes = reference.coordinates_first(x[owners]), reference.coordinates_first(codebook[candidates])
-        score = reference.pair_score(tokens, codes, metric)
+        step = max(1, _SETTLE_VALUES // x.shape[1])
+        pieces = zip(owners.split(step), candidates.split(step), strict=True)
+        score = torch.cat([_pair_score(x[tokens], codebook[codes], metric) for tokens, codes in pieces])
         best = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
         best.scatter_reduce_(0, owners, score, "amax")
         winners = score == best[owners]
         owners, candidates = owners[winners], candidates[winners]
         indices.scatter_reduce_(0, owners, candidates, "amin", include_self=False)
     return indices
+
+
+def _pair_score(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
+    return reference.pair_score(reference.coordinates_first(tokens), reference.coordinates_first(codes), metric)
