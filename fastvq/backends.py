@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -82,4 +83,10 @@ def _searches() -> dict[str, Callable[[Tensor, Tensor, str], Tensor]]:
 def _triton_search(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     from fastvq_kernels.nearest import nearest_code
 
-    return nearest_code(x, codebook, metric)
+    with on_device_of(x):
+        return nearest_code(x, codebook, metric)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the one that holds ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -218,7 +218,7 @@ def _check_codebook(codebook: Tensor) -> None:
     _check_floating("codebook", codebook)
     if codebook.dim() not in (2, 3):
         raise ValueError(f"codebook must be [n_codes, D] or [heads, n_codes, D], got {list(codebook.shape)}")
-    if codebook.shape[-2] == 0:
+    if 0 in codebook.shape:
         raise ValueError(f"codebook must hold at least one code, got {list(codebook.shape)}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.backends import choose_backend
+from fastvq.backends import choose_backend, on_device_of
 
 
 def statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,8 @@ def statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) ->
             return _scatter_add(x, indices, n_codes, deterministic)
         from fastvq_kernels.accumulate import code_statistics
 
-        return code_statistics(x, indices, n_codes)
+        with on_device_of(x):
+            return code_statistics(x, indices, n_codes)
 
 
 def _scatter_add(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) -> tuple[Tensor, Tensor]:
