@@ -1,6 +1,7 @@
-"""What the kernels occupy on GPUs that need not be there: `python -m bench.static [--json]`.
+"""What the kernels cost on GPUs that need not be there: `python -m bench.static [--json]`.
 
-Every shipped configuration is compiled offline; nothing is run or timed.
+Every shipped configuration is compiled offline; nothing is run or timed. For NVIDIA chips the instructions of the
+scan's main loop are counted and a model turns them into a time, which is a floor and not a measurement.
 """
 
 from __future__ import annotations
@@ -9,119 +10,123 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.offline import TARGETS, Compiled, compile_offline
-from fastvq_kernels.accumulate import accumulate_kernel
-from fastvq_kernels.configs import ACCUMULATE, nearest_config
-from fastvq_kernels.nearest import block_of_dimensions, nearest_code_kernel
+from bench.issue_model import H100, modelled_time, slots_per_pair
+from bench.main_loop import code_tile_loop, main_loop
+from bench.offline import TARGETS, Compiled
+from bench.shipped import PLAIN_TILE, other_kernels, plain, scan
 
-# Dimensions in use, from a latent of three channels to speech tokens.
-DIMENSIONS = (3, 8, 64, 128, 256, 1024)
-
-
-class Row(NamedTuple):
-    """One kernel for one dimension on one target."""
-
-    dim: int
-    multiplies: bool  # whether it is expected to use matrix instructions
-    compiled: Compiled
+# Widths of packed rows, with a dimension that has them.
+SCANS = {16: 4, 32: 8, 64: 64, 128: 128, 192: 192, 256: 256, 512: 512, 1024: 1024}
+TOKENS, CODES = 65536, 16384
 
 
-def compile_all(targets: tuple[str, ...] = tuple(TARGETS), dimensions: tuple[int, ...] = DIMENSIONS) -> Iterator[Row]:
-    """Compile every shipped kernel for ``targets``."""
+def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any]]:
+    """One record per kernel, width and target."""
     for target in targets:
-        for dim in dimensions:
-            yield Row(dim, True, _nearest(target, dim))
-        yield Row(max(dimensions), False, _accumulate(target))
+        for width in SCANS:
+            compiled, config = scan(target, width)
+            pairs = config.block_m * config.block_n
+            # Where a row is not resident its chunks may stay a loop inside the loop over codes.
+            chunks = 1 if config.resident else width // config.block_d
+            yield {**_resources(compiled, width), **_costs(compiled, width, pairs, chunks)}
+        if target != "gfx942":
+            compiled = plain(target)
+            yield {**_resources(compiled, 64), **_costs(compiled, 64, PLAIN_TILE**2, 1)}
+        for dim, compiled in other_kernels(target):
+            yield _resources(compiled, dim)
 
 
-def _nearest(target: str, dim: int) -> Compiled:
-    config = nearest_config(is_hip=target.startswith("gfx"))
-    return compile_offline(
-        nearest_code_kernel,
-        signature={
-            "p_x": "*fp32",
-            "p_codes": "*fp32",
-            "p_half_norms": "*fp32",
-            "p_indices": "*i64",
-            "N": "i32",
-            "K": "i32",
-        },
-        constexprs={
-            "D": dim,
-            "BN": config.BN,
-            "BK": config.BK,
-            "BD": block_of_dimensions(dim, config),
-            "PRECISION": config.precision,
-        },
-        target=target,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
-def _accumulate(target: str) -> Compiled:
-    return compile_offline(
-        accumulate_kernel,
-        signature={
-            "p_x": "*fp32",
-            "p_indices": "*i64",
-            "p_counts": "*i32",
-            "p_sums": "*fp32",
-            "N": "i32",
-            "D": "i32",
-        },
-        constexprs={"BN": ACCUMULATE.BN, "BD": ACCUMULATE.BD},
-        target=target,
-        num_warps=ACCUMULATE.num_warps,
-        num_stages=1,
-        divisible=("p_x", "p_indices", "p_counts", "p_sums", "D"),
-    )
-
-
-def main() -> None:
-    """Print the table, or JSON for a test."""
-    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="machine-readable, one list of objects")
-    as_json = parser.parse_args().json
-    rows = list(compile_all())
-    if as_json:
-        json.dump([_record(row) for row in rows], sys.stdout)
-        return
-    table = Table(title="compiled offline; nothing was run")
-    for column in ("kernel", "target", "D", "registers", "spilled bytes", "shared / limit", "matrix instructions"):
-        table.add_column(column)
-    for record in map(_record, rows):
-        matrix = ", ".join(f"{name} {count}" for name, count in record["matrix_instructions"].items())
-        table.add_row(
-            record["kernel"],
-            record["target"],
-            str(record["D"]),
-            str(record["registers"]),
-            str(record["spill_bytes"]),
-            f"{record['shared_bytes']} / {record['shared_limit_bytes']}",
-            matrix or "-",
-        )
-    Console().print(table)
-
-
-def _record(row: Row) -> dict[str, Any]:
-    kernel = row.compiled
+def _resources(kernel: Compiled, width: int) -> dict[str, Any]:
     return {
         "kernel": kernel.name,
         "target": kernel.target,
-        "D": row.dim,
-        "multiplies": row.multiplies,
+        "D": width,
         "registers": kernel.registers,
         "spill_bytes": kernel.spill_bytes,
         "shared_bytes": kernel.shared_bytes,
         "shared_limit_bytes": kernel.shared_limit_bytes,
         "matrix_instructions": dict(kernel.matrix_instructions),
     }
+
+
+def _costs(kernel: Compiled, width: int, pairs: int, chunks: int) -> dict[str, Any]:
+    """Instructions per (token, code) pair and the modelled time; AMD's code is not counted."""
+    if not kernel.target.startswith("sm_"):
+        return {}
+    if kernel.target == "sm_100":  # tcgen05 does not show its shape, and so not which loop is a whole tile
+        try:
+            loop = main_loop(kernel, inner_passes=chunks)
+        except ValueError:  # the compiler has unrolled the chunks
+            loop = main_loop(kernel)
+    else:
+        loop = code_tile_loop(kernel, pairs=pairs, depth=width)
+    cost = slots_per_pair(loop.counts, pairs, kernel.threads)
+    model = modelled_time(TOKENS, CODES, width, cost)
+    return {
+        "slots_per_pair": round(cost.slots, 2),
+        "alu_per_pair": round(cost.alu, 2),
+        "modelled_us": round(1e6 * model.seconds),
+        "modelled_serial_us": round(1e6 * model.serial_seconds),
+        "limiter": model.limiter,
+    }
+
+
+def main() -> None:
+    """Print the tables, or JSON for a test."""
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="machine-readable, one list of objects")
+    as_json = parser.parse_args().json
+    rows = list(records())
+    if as_json:
+        json.dump(rows, sys.stdout)
+        return
+    console = Console(width=120)
+    console.print(_cost_table([row for row in rows if "slots_per_pair" in row]))
+    console.print(
+        f"Model, not a measurement: {H100}. Overlapped: product and maxima at once; serial: one after the other."
+    )
+    console.print(_resource_table(rows))
+
+
+def _cost_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"main loop per (token, code) pair; modelled for {TOKENS} tokens, {CODES} codes on an H100")
+    for column in ("kernel", "target", "D", "issue slots", "ALU pipe", "overlapped", "serial", "limiter"):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["kernel"],
+            row["target"],
+            str(row["D"]),
+            f"{row['slots_per_pair']:.2f}",
+            f"{row['alu_per_pair']:.2f}",
+            f"{row['modelled_us']} µs",
+            f"{row['modelled_serial_us']} µs",
+            row["limiter"],
+        )
+    return table
+
+
+def _resource_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="compiled offline; nothing was run")
+    for column in ("kernel", "target", "D", "registers", "spilled", "shared KiB", "limit", "matrix instructions"):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["kernel"],
+            row["target"],
+            str(row["D"]),
+            str(row["registers"]),
+            str(row["spill_bytes"]),
+            f"{row['shared_bytes'] / 1024:.1f}",
+            f"{row['shared_limit_bytes'] // 1024}",
+            ", ".join(f"{name} {count}" for name, count in row["matrix_instructions"].items()) or "-",
+        )
+    return table
 
 
 if __name__ == "__main__":

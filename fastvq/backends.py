@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -69,22 +68,16 @@ def _triton_version() -> str:
 
 def search(x: Tensor, codebook: Tensor, metric: str, backend: str) -> Tensor:
     """``nearest_code`` of the chosen backend on ``[N, D]`` with ``[K, D]``, or ``[H, N, D]`` with ``[H, K, D]``."""
-    if x.dim() == 3:
-        heads = [search(tokens, codes, metric, backend) for tokens, codes in zip(x, codebook, strict=True)]
-        return torch.stack(heads) if heads else x.new_empty(x.shape[:2], dtype=torch.int64)
-    with torch.no_grad(), full_precision(x.device):
-        return _searches()[choose_backend(x.device, backend)[0]](x, codebook, metric)
+    name = choose_backend(x.device, backend)[0]
+    with torch.no_grad(), full_precision(x.device), on_device_of(x):
+        if name == "triton":
+            from fastvq_kernels.search import nearest_code
 
-
-def _searches() -> dict[str, Callable[[Tensor, Tensor, str], Tensor]]:
-    return {"torch": cpu.nearest_code, "reference": reference.nearest_code, "triton": _triton_search}
-
-
-def _triton_search(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    from fastvq_kernels.nearest import nearest_code
-
-    with on_device_of(x):
-        return nearest_code(x, codebook, metric)
+            return nearest_code(x, codebook, metric)
+        nearest_code = cpu.nearest_code if name == "torch" else reference.nearest_code
+        if x.dim() == 2:
+            return nearest_code(x, codebook, metric)
+        return torch.stack([nearest_code(tokens, codes, metric) for tokens, codes in zip(x, codebook, strict=True)])
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -1,76 +1,66 @@
 """Exact nearest-code search from plain PyTorch parts, without a ``[tokens, codes]`` matrix.
 
-Scan, refine, settle:
+Scan, refine, settle, each thread on a block of tokens of its own:
 
 1. *Scan*: a float32 matrix product writes upper bounds of the scores of one block of tokens against one
    block of codes into a buffer that stays in the cache; only the maximum of each group of codes is kept.
 2. *Refine*: the groups that can still hold the winner are recomputed code by code.
 3. *Settle*: where more than one code remains, the oracle's own float64 arithmetic decides; a token with
-   very many candidates (duplicate codes, a collapsed codebook) goes to the oracle itself.
+   very many candidates (duplicate codes, a collapsed codebook) is searched again among the distinct codes.
 
 **Scores.** With a shift ``m`` and a power of two ``s``, tokens become ``x' = s(x - m)`` and codes
 ``e' = s(e - m)``. The nearest code has the largest ``S_k = x'·e'_k - h_k``, ``h_k = |e'_k|²/2``; ``|x'|²`` is the
 same for all codes and never added. For the inner product and the cosine (codes of norm 1) ``m`` and ``h`` are 0
 and every token has a power of two of its own, because their order does not depend on the token's length.
 
-**Bound.** Let ``u = 2⁻²⁴`` be the unit roundoff, ``a = |x'|`` and ``b_k = |e'_k|``. Rounding ``x'``, ``e'_k``
-and ``h_k`` to float32 moves the score by at most ``2u·a·b_k + u·h_k`` (first order). A float32 inner
-product of n terms, in any order and with or without fused operations, errs by at most ``γ_n = nu/(1 - nu)``
-times the sum of magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1).
-With ``n = D + 2`` terms and ``c = γ_(D+16)``, which leaves eleven u for the rounded norms, the two columns
-below and the arithmetic on group maxima, the computed score is within ``c(a·b_k + h_k)`` of ``S_k``, up to
+**Bound.** Let ``u = 2⁻²⁴`` be the unit roundoff, ``a = |x'|`` and ``b_k = |e'_k|``. A float32 inner product of n
+terms, in any order and with or without fused operations, errs by at most ``γ_n = nu/(1 - nu)`` times the sum of
+magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1). To first order the
+rounding of ``x'`` and ``e'_k`` moves the score by ``2u·a·b_k``, the float32 norms move ``h_k`` by ``(D + 8)u·h_k``,
+and the product of ``n = D + 2`` terms below errs by ``(D + 2)u(a·b_k + h_k)``. With ``c = γ_(2D+16)``, which leaves
+six u for the arithmetic on group maxima, the computed score is within ``c(a·b_k + h_k)`` of ``S_k``, up to
 underflow. The bound rides in the product: tokens carry the extra columns ``(1, c·a)``, codes
-``(-(1 - c)h_k, b_k)``, so that the product *is* an upper bound of ``S_k``, and subtracting
-``2c(a·b_k + h_k)`` gives a lower bound.
+``(-(1 - c)h_k, b_k)``, so that the product *is* an upper bound of ``S_k``, and subtracting ``2c(a·b_k + h_k)`` gives
+a lower bound. From the largest bound of a group the largest norms of the group are subtracted.
 
 **Slack.** The oracle rounds too. Its squared distances have a relative error of at most ``(D + 4)2⁻⁵³``, so that
 the true score of its winner is below the true best by at most ``4(D + 4)2⁻⁵³(a² + b²)``. The part in ``b²`` is
 covered by c, as is the whole of it for the other two metrics; the part in ``a²`` is subtracted from the lower
 bound. So is the effect of float32 underflow: ``2⁻¹⁵⁰`` per rounded coordinate, times ``b < 2³³√D`` or ``a``, and
-per product. Norms of tokens get ``2⁻⁶²√D`` on top, since squares of smaller coordinates vanish.
+per product. Norms get ``2⁻⁶²√D`` on top where they stand for a or b, since squares of smaller coordinates vanish.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvq import reference
+from fastvq.packed import PackedCodebook, error_constant, pack, scale_tokens
+from fastvq.threads import map_on_threads
 
-# A 1024 x 512 float32 product (2 MiB) stays in the level-2 cache of current cores.
+# A product of 512 x 512 float32 values (1 MiB) stays in the level-2 cache of one core (2 MiB: half the speed).
 _TOKENS_PER_PRODUCT = 512
-_CODES_PER_PRODUCT = 1024
-# Tokens are refined in blocks, as many as keep the maxima of all groups within this many values (4 MiB).
-_MAXIMA_PER_BLOCK = 1 << 20
+_CODES_PER_PRODUCT = 512
+# Tokens are searched in blocks, as many as keep the maxima of all groups within this many values (2 MiB).
+_MAXIMA_PER_BLOCK = 1 << 19
 _TOKENS_PER_BLOCK = 4096
-# Groups are gathered and refined in pieces of this many float32 values (512 KiB), which stay in the cache too.
+# Groups are gathered and refined in pieces of this many values (512 KiB), which stay in the cache too.
 _GATHER_VALUES = 1 << 17
 # Pairs are settled in pieces of this many float64 values (8 MiB).
 _SETTLE_VALUES = 1 << 20
-# A token with more candidate groups than this is cheaper in the oracle.
+# A token with more candidate groups than this is cheaper among distinct codes, or in the oracle.
 _MAX_GROUPS_PER_TOKEN = 8
-# Largest scaled coordinate of a code: far from overflow, and codes 2^90 times smaller do not underflow.
-_TOP_EXPONENT = 32
-
-
-class _PackedCodebook(NamedTuple):
-    """Codes in groups of ``G``, padded with codes that cannot win; columns as in the module's docstring."""
-
-    metric: str
-    shift: Tensor  # [D] float64, exactly representable in float32: m
-    scale: float  # a power of two: s
-    rows: Tensor  # [groups * G, D + 2] float32
-    grouped: Tensor  # [groups, (D + 2) * G] float32: the same, coordinates first within a group
-    norms: Tensor  # [groups, G, 2] float32: (b_k, h_k)
+# Packing the codebook costs as much as the distances of this many tokens, computed one by one.
+_FEW_TOKENS = 4
 
 
 def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
     """Exactly :func:`fastvq.reference.nearest_code`, several times faster than materialising ``[N, K]``.
 
-    Memory beyond the inputs does not depend on ``N·K``: a packed copy of the codebook and blocks of a few MiB.
+    Memory beyond the inputs does not depend on ``N·K``: two packed copies of the codebook and a few MiB per thread.
 
     Args:
         x: tokens ``[N, D]``, any floating dtype.
@@ -80,26 +70,79 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tens
     Returns:
         int64 ``[N]``. A token with a NaN or an infinity gets -1; a code with one is never chosen.
     """
-    finite = torch.isfinite(x).all(1)
-    if not finite.all():
+    if len(x) == 0:
+        return torch.empty(0, dtype=torch.int64, device=x.device)
+    if len(x) <= _FEW_TOKENS and metric == "euclidean" and torch.float64 not in (x.dtype, codebook.dtype):
+        indices = _search_few(x, codebook)
+        if indices is not None:
+            return indices
+    if _largest(x) == math.inf:
+        finite = torch.isfinite(x).all(1)
         indices = x.new_full((len(x),), -1, dtype=torch.int64)
         indices[finite] = nearest_code(x[finite], codebook, metric)
         return indices
-    finite = torch.isfinite(codebook).all(1)
-    if not finite.all():
-        kept = finite.nonzero()[:, 0]
+    top = _largest(codebook)
+    if top == math.inf:
+        kept = torch.isfinite(codebook).all(1).nonzero()[:, 0]
         if len(kept) == 0:
             return x.new_full((len(x),), -1, dtype=torch.int64)
         return kept[nearest_code(x, codebook[kept], metric)]
     if _outside_scaled_range(codebook):
         return reference.nearest_code(x, codebook, metric)
 
-    packed = _pack(codebook, metric)
-    if len(x) == 0:
-        return torch.empty(0, dtype=torch.int64, device=x.device)
-    n = max(_TOKENS_PER_PRODUCT, min(_TOKENS_PER_BLOCK, _MAXIMA_PER_BLOCK // len(packed.norms)))
-    blocks = [_search_block(block, codebook, packed) for block in x.split(n)]
-    return torch.cat(blocks)
+    packed = pack(codebook, metric, top)
+    n = _block_size(len(x), len(packed.norms))
+    blocks = map_on_threads(lambda some: _search_block(some, packed), x.split(n))
+    owners = torch.cat([block[0] + i * n for i, block in enumerate(blocks)])
+    indices = _settle(x, codebook, owners, torch.cat([block[1] for block in blocks]), metric)
+    is_open = torch.cat([block[2] for block in blocks])
+    if is_open.any():
+        indices[is_open] = _search_distinct(x[is_open], codebook, metric)
+    return indices
+
+
+def _largest(rows: Tensor) -> float:
+    """Largest magnitude, infinite where there is a NaN: many times faster than ``isfinite``."""
+    low, high = torch.aminmax(rows)
+    top = float(torch.maximum(-low, high))
+    return top if top < math.inf else math.inf
+
+
+def _search_few(x: Tensor, codebook: Tensor) -> Tensor | None:
+    """Without packing: a float32 distance from differences has a relative error below ``γ_(2D+16)``.
+
+    None where a token, a code or a square may leave float32's range. Squares that vanish change a distance by less
+    than ``2⁻⁷⁰√D``.
+    """
+    dim = x.shape[1]
+    distances = torch.cdist(x.float(), codebook.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.amin(1, keepdim=True)
+    if not (nearest < 2.0**60).all():
+        return None
+    limit = nearest * (1 + 4 * error_constant(dim)) + 2.0**-70 * dim**0.5
+    owners, candidates = (distances <= limit).nonzero().unbind(1)
+    return _settle(x, codebook, owners, candidates, "euclidean")
+
+
+def _search_distinct(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """For tokens with many candidates: codes that occur twice are searched once, else the oracle answers."""
+    distinct, inverse = torch.unique(codebook, dim=0, return_inverse=True)
+    if 2 * len(distinct) > len(codebook):
+        return torch.cat(map_on_threads(lambda some: reference.nearest_code(some, codebook, metric), x.split(256)))
+    first = torch.full((len(distinct),), len(codebook), device=x.device)
+    first.scatter_reduce_(0, inverse, torch.arange(len(codebook), device=x.device), "amin")
+    first = first.sort().values
+    return first[nearest_code(x, codebook[first], metric)]
+
+
+def _block_size(n_tokens: int, n_groups: int) -> int:
+    """Tokens per block: even blocks, as many as there are threads or a multiple of it."""
+    most = max(_TOKENS_PER_PRODUCT, min(_TOKENS_PER_BLOCK, _MAXIMA_PER_BLOCK // n_groups))
+    threads = torch.get_num_threads()
+    blocks = -(-n_tokens // most)
+    if n_tokens > _TOKENS_PER_PRODUCT:
+        blocks = -(-blocks // threads) * threads
+    return -(-n_tokens // blocks)
 
 
 def _outside_scaled_range(codebook: Tensor) -> bool:
@@ -111,118 +154,66 @@ def _outside_scaled_range(codebook: Tensor) -> bool:
     return bool((smallest < 2.0**-400) | (magnitudes.max() > 2.0**400))
 
 
-def _group_size(n_codes: int, dim: int) -> int:
-    """Codes per group: small groups cost passes over the maxima, large ones cost refinement (measured)."""
-    return min(64, max(8, 2 ** round(math.log2(max(1, 4 * n_codes / dim)) / 2)))
+def _search_block(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan and refine one block of finite tokens ``[n, D]``.
 
-
-def _error_constant(dim: int) -> float:
-    """``c = γ_(D+16)`` of the module's docstring."""
-    nu = (dim + 16) * 2.0**-24
-    return nu / (1 - nu)
-
-
-def _pack(codebook: Tensor, metric: str) -> _PackedCodebook:
-    n_codes, dim = codebook.shape
-    codes, shift = codebook.double(), torch.zeros(dim, dtype=torch.float64, device=codebook.device)
-    if metric == "euclidean":
-        # The median of a sample is close to the data and, unlike the mean, not moved by an outlier.
-        shift = codes[:: -(-n_codes // 512)].median(0).values.float().double()
-        shift.nan_to_num_(posinf=0.0, neginf=0.0)  # beyond float32
-        codes = codes - shift
-    elif metric == "cosine":
-        norms = reference.code_norms(codes.t())[:, None]
-        codes = torch.where(norms > 0, codes / norms, 0.0)
-    top = float(codes.abs().max())
-    scale = 2.0 ** (_TOP_EXPONENT - math.frexp(top)[1]) if top > 0 else 1.0
-    codes = codes * scale
-    squares = codes.square().sum(1)
-    halves = 0.5 * squares if metric == "euclidean" else torch.zeros_like(squares)
-
-    group = _group_size(n_codes, dim)
-    n_groups = -(-n_codes // group)
-    rows = torch.zeros(n_groups * group, dim + 2, device=codes.device)
-    rows[:n_codes, :dim] = codes
-    rows[:n_codes, dim] = -(1 - _error_constant(dim)) * halves
-    rows[n_codes:, dim] = -torch.inf
-    rows[:n_codes, dim + 1] = squares.sqrt()
-    norms = torch.zeros(n_groups * group, 2, device=codes.device)
-    norms[:n_codes] = torch.stack([squares.sqrt(), halves], 1)
-    grouped = rows.view(n_groups, group, dim + 2).transpose(1, 2).reshape(n_groups, -1)
-    return _PackedCodebook(metric, shift, scale, rows, grouped, norms.view(n_groups, group, 2))
-
-
-def _scaled_tokens(x: Tensor, packed: _PackedCodebook) -> Tensor:
-    """``x'`` of the module's docstring, ``[n, D]``."""
-    if packed.metric != "euclidean":
-        exponents = torch.frexp(x.double().abs().amax(1, keepdim=True)).exponent
-        return torch.ldexp(x.double(), -exponents)
-    # One rounding either way; float32 is faster where it can hold the scale and its products.
-    in_float32 = x.dtype != torch.float64 and 2.0**-64 < packed.scale < 2.0**64
-    dtype = torch.float32 if in_float32 else torch.float64
-    return (x.to(dtype) - packed.shift.to(dtype)) * packed.scale
-
-
-def _search_block(x: Tensor, codebook: Tensor, packed: _PackedCodebook) -> Tensor:
-    """Indices of one block of finite tokens ``[n, D]``."""
-    dim = x.shape[1]
-    c = _error_constant(dim)
-    tokens = torch.ones(len(x), dim + 2, device=x.device)  # [n, D + 2]
-    tokens[:, :dim] = _scaled_tokens(x, packed)
+    Returns the pairs that can win, as rows of ``x`` and codes, and which tokens ``[n]`` are left open.
+    """
+    n, dim = x.shape
+    c = error_constant(dim)
+    tokens = torch.empty(n, dim + 2, device=x.device)
+    scale_tokens(x, packed, out=tokens[:, :dim])
     a = torch.linalg.vector_norm(tokens[:, :dim], dim=1) + 2.0**-62 * dim**0.5
-    tokens[:, dim + 1] = c * a
+    tokens[:, dim], tokens[:, dim + 1] = 1.0, c * a
     slack = (dim + 16) * (2.0**-112 + 2.0**-148 * a)
     if packed.metric == "euclidean":
         slack += 4 * (dim + 4) * 2.0**-53 * a.square()
-    to_lower = torch.stack([-2 * c * a, torch.full_like(a, -2 * c)], 1)  # [n, 2], multiplies (b, h)
 
-    maxima = _scan(tokens, packed)  # [groups, n]
-    lower = torch.addmm(maxima, packed.norms.amax(1), to_lower.t()).amax(0) - slack
+    maxima = _scan(tokens.t(), packed)  # [groups, n]
+    to_lower = torch.stack([-2 * c * a, torch.full_like(a, -2 * c)])  # [2, n], multiplies (b, h)
+    lower = torch.addmm(maxima, packed.norms, to_lower).amax(0) - slack
     groups, owners = (maxima >= lower).nonzero().unbind(1)
-    # Out of float32's range, or crowded because many codes are alike: the oracle settles these.
-    n_groups = torch.bincount(owners, minlength=len(x))
-    open_tokens = ~torch.isfinite(lower) | (n_groups > _MAX_GROUPS_PER_TOKEN)
-    if open_tokens.any():
-        certain = ~open_tokens[owners]
+    # Out of float32's range, or crowded because many codes are alike.
+    is_open = ~torch.isfinite(lower) | (torch.bincount(owners, minlength=n) > _MAX_GROUPS_PER_TOKEN)
+    if is_open.any():
+        certain = ~is_open[owners]
         groups, owners = groups[certain], owners[certain]
 
     upper = _refine(tokens, groups, owners, packed)  # [pairs, G]
-    norms, factors = packed.norms.index_select(0, groups), to_lower.index_select(0, owners)
-    best_lower = torch.baddbmm(upper[..., None], norms, factors[..., None]).amax((1, 2))
-    lower = torch.full_like(a, -torch.inf).scatter_reduce_(0, owners, best_lower, "amax") - slack
+    to_lower = packed.norms.index_select(0, groups) * to_lower.index_select(1, owners).t()
+    best = upper.amax(1) + to_lower.sum(1)
+    lower = torch.full_like(a, -torch.inf).scatter_reduce_(0, owners, best, "amax") - slack
     pairs, members = (upper >= lower.index_select(0, owners)[:, None]).nonzero().unbind(1)
-    owners, candidates = owners.index_select(0, pairs), groups.index_select(0, pairs) * upper.shape[1] + members
-
-    indices = _settle(x, codebook, owners, candidates, packed.metric)
-    if open_tokens.any():
-        indices[open_tokens] = reference.nearest_code(x[open_tokens], codebook, packed.metric)
-    return indices
+    candidates = groups.index_select(0, pairs) * upper.shape[1] + members
+    return owners.index_select(0, pairs), candidates, is_open
 
 
-def _scan(tokens: Tensor, packed: _PackedCodebook) -> Tensor:
-    """Largest upper bound of every group for every token, ``[groups, n]``."""
-    n_groups, group = packed.norms.shape[:2]
-    maxima = torch.empty(n_groups, len(tokens), device=tokens.device)
-    buffer = torch.empty(_CODES_PER_PRODUCT * _TOKENS_PER_PRODUCT, device=tokens.device)
-    step = _CODES_PER_PRODUCT // group
-    for some, target in zip(tokens.split(_TOKENS_PER_PRODUCT), maxima.split(_TOKENS_PER_PRODUCT, 1), strict=True):
+def _scan(tokens: Tensor, packed: PackedCodebook) -> Tensor:
+    """Largest upper bound of every group for every token ``[D + 2, n]``: ``[groups, n]``."""
+    n_groups, group, width = packed.rows.shape
+    maxima = torch.empty(n_groups, tokens.shape[1], device=tokens.device)
+    n = min(_TOKENS_PER_PRODUCT, tokens.shape[1])
+    step = max(1, _CODES_PER_PRODUCT * _TOKENS_PER_PRODUCT // (group * n))  # groups per product
+    buffer = torch.empty(step * group * n, device=tokens.device)
+    for some, target in zip(tokens.split(n, 1), maxima.split(n, 1), strict=True):
         for g0 in range(0, n_groups, step):
-            codes = packed.rows[g0 * group : (g0 + step) * group]
-            bounds = buffer[: len(codes) * len(some)].view(len(codes), len(some))
-            torch.mm(codes, some.t(), out=bounds)
-            torch.amax(bounds.view(-1, group, len(some)), 1, out=target[g0 : g0 + step])
+            codes = packed.rows[g0 : g0 + step].view(-1, width)
+            bounds = buffer[: len(codes) * some.shape[1]].view(len(codes), -1)
+            torch.mm(codes, some, out=bounds)
+            torch.amax(bounds.view(-1, group, some.shape[1]), 1, out=target[g0 : g0 + step])
     return maxima
 
 
-def _refine(tokens: Tensor, groups: Tensor, owners: Tensor, packed: _PackedCodebook) -> Tensor:
+def _refine(tokens: Tensor, groups: Tensor, owners: Tensor, packed: PackedCodebook) -> Tensor:
     """Upper bounds of all codes of the given groups for their tokens, ``[pairs, G]``."""
-    width, group = tokens.shape[1], packed.norms.shape[1]
+    _, width, group = packed.columns.shape
     upper = torch.empty(len(groups), group, device=tokens.device)
     step = max(1, _GATHER_VALUES // (width * group))
-    for p0 in range(0, len(groups), step):
-        some = slice(p0, p0 + step)
-        codes = packed.grouped.index_select(0, groups[some]).view(-1, width, group)
-        torch.bmm(tokens.index_select(0, owners[some])[:, None], codes, out=upper[some, None])
+    # Reused, because memory fresh from the system costs more than the copy.
+    buffer = torch.empty(min(step, len(groups)), width, group, device=tokens.device)
+    for g, o, target in zip(groups.split(step), owners.split(step), upper.split(step), strict=True):
+        codes = torch.index_select(packed.columns, 0, g, out=buffer[: len(g)])
+        torch.bmm(tokens.index_select(0, o)[:, None], codes, out=target[:, None])
     return upper
 
 
@@ -245,4 +236,13 @@ def _settle(x: Tensor, codebook: Tensor, owners: Tensor, candidates: Tensor, met
 
 
 def _pair_score(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
-    return reference.pair_score(reference.coordinates_first(tokens), reference.coordinates_first(codes), metric)
+    """:func:`fastvq.reference.pair_score` of rows. A running sum adds in ascending order, in one call on the CPU."""
+    tokens, codes = tokens.double(), codes.double()
+    if tokens.device.type != "cpu":
+        return reference.pair_score(tokens.t().contiguous(), codes.t().contiguous(), metric)
+    terms = (tokens - codes).square_() if metric == "euclidean" else tokens * codes
+    score = terms.cumsum(1)[:, -1]
+    if metric == "cosine":
+        norm = codes.square().cumsum(1)[:, -1].sqrt()
+        return torch.where(norm > 0, score / norm, 0.0)
+    return -score if metric == "euclidean" else score

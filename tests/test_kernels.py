@@ -1,81 +1,145 @@
-"""Kernels in the interpreter (or on the GPU), and compiled offline for the chips they are meant for."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The certified search of the kernels, in the interpreter or on the GPU, against the float64 oracle."""
 
 import pytest
 import torch
 
 from fastvq import reference
-from fastvq_kernels.nearest import nearest_code
+from fastvq_kernels.configs import SPLIT_D, TARGETS, padded_width, scan_config
+from fastvq_kernels.pack import pack_codebook
+from fastvq_kernels.search import certified_search, nearest_code
 
-ROOT = Path(__file__).parents[1]
-
-
-def run_static(**environment):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "bench.static", "--json"]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+METRICS = ("euclidean", "cosine", "dot")
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    done = run_static()
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def check(kernel_device):
+    def compare(x, codebook, metric="euclidean"):
+        indices = nearest_code(x.to(kernel_device), codebook.to(kernel_device), metric).cpu()
+        assert torch.equal(indices, reference.nearest_code(x, codebook, metric))
+
+    return compare
 
 
-def test_every_target_is_compiled(compiled):
-    assert {row["target"] for row in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {row["kernel"] for row in compiled} == {"nearest_code_kernel", "accumulate_kernel"}
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [1, 3, 8, 12, 18, 64, 100])
+def test_indices_equal_float64_for_every_dimension(check, d, metric):
+    check(torch.randn(33, d), torch.randn(150, d), metric)
 
 
-def test_no_kernel_spills_registers(compiled):
-    assert [row for row in compiled if row["spill_bytes"]] == []
+@pytest.mark.parametrize("d", [192, 256, 512, 1024])
+def test_indices_equal_float64_for_long_rows(check, d):
+    check(torch.randn(17, d), torch.randn(140, d))
 
 
-def test_shared_memory_fits_the_chip(compiled):
-    assert [row for row in compiled if row["shared_bytes"] > row["shared_limit_bytes"]] == []
+@pytest.mark.parametrize("k", [1, 2, 7, 8, 127, 128, 129, 507])
+def test_indices_equal_float64_for_every_codebook_size(check, k):
+    check(torch.randn(65, 8), torch.randn(k, 8))
 
 
-def test_search_uses_matrix_instructions(compiled):
-    expected = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "sm_100": {"UTCHMMA"}, "gfx942": {"v_mfma"}}
-    for row in compiled:
-        assert set(row["matrix_instructions"]) == (expected[row["target"]] if row["multiplies"] else set()), row
+@pytest.mark.parametrize("n", [1, 3, 255, 257])
+def test_indices_equal_float64_for_every_number_of_tokens(check, n):
+    check(torch.randn(n, 16), torch.randn(64, 16))
 
 
-def test_offline_compilation_refuses_the_interpreter():
-    done = run_static(TRITON_INTERPRET="1")
-    assert done.returncode != 0
-    assert "unset TRITON_INTERPRET" in done.stderr
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("offset", [3.0, 1e4])
+def test_indices_equal_float64_for_offset_data(check, offset, metric):
+    check(torch.randn(40, 24) + offset, torch.randn(300, 24) + offset, metric)
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
-@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (65, 300, 16), (130, 129, 48), (33, 65, 100), (5, 70, 513)])
-def test_fused_search_equals_float64_where_scores_are_apart(kernel_device, n, k, d, metric):
-    # Coordinates on a grid of 1/8 with few bits: every product and sum is exact in float32.
-    x, codebook = torch.randint(-8, 9, (n, d)) / 8 + 0.0, torch.randint(-8, 9, (k, d)) / 8 + 0.0
-    if metric == "cosine":
-        codebook = torch.randn(k, d)
-    indices = nearest_code(x.to(kernel_device), codebook.to(kernel_device), metric).cpu()
-    # The shift by the mean rounds; what it may flip are pairs that tie exactly, and there the scores must agree.
-    tokens = reference.coordinates_first(x)
-    expected = reference.nearest_code(x, codebook, metric)
-    chosen, best = (
-        reference.pair_score(tokens, reference.coordinates_first(codebook[i]), metric) for i in (indices, expected)
-    )
-    assert torch.allclose(chosen, best, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_indices_equal_float64_for_every_dtype(check, dtype, metric):
+    x, codebook = torch.randn(40, 16), torch.randn(200, 16)
+    check(x.to(dtype), codebook.to(dtype), metric)
+    check(x, codebook.to(dtype), metric)
 
 
-@pytest.mark.parametrize("n", [0, 1, 63, 64, 65])
-def test_fused_search_writes_every_index_and_nothing_else(kernel_device, n, monkeypatch):
-    guard = torch.full((n + 64,), -7, dtype=torch.int64, device=kernel_device)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **kw: guard[:n] if size == (n,) else empty(*size, **kw))
-    indices = nearest_code(torch.randn(n, 3, device=kernel_device), torch.randn(5, 3, device=kernel_device), "dot")
-    assert ((indices >= 0) & (indices < 5)).all()
-    assert (guard[n:] == -7).all()
+@pytest.mark.parametrize("metric", METRICS)
+def test_lowest_of_equal_codes_wins(check, metric):
+    x, codebook = torch.randn(20, 12), torch.randn(60, 12)
+    check(x, torch.cat([codebook, codebook.flip(0)]), metric)
+    check(x[:8], codebook[:1].repeat(130, 1), metric)
+    check(x[:4], torch.zeros(40, 12), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_ties_on_a_lattice(check, metric):
+    x, codebook = torch.randint(-2, 3, (30, 4)).float(), torch.randint(-2, 3, (200, 4)).float()
+    check(x / 2, codebook, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_codes_one_ulp_apart(check, metric):
+    codebook = torch.randn(1, 16).repeat(60, 1)
+    codebook[torch.arange(60), torch.arange(60) % 16] *= 1 + 2.0**-23
+    check(torch.randn(10, 16), codebook, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e30])
+def test_one_code_far_out(check, factor, metric):
+    x, codebook = torch.randn(20, 16), torch.randn(150, 16)
+    codebook[77] *= factor
+    check(x, codebook, metric)
+    x[5] *= factor
+    check(x, codebook, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("x_scale", "code_scale"), [(1e-30, 1e-30), (1e30, 1e30), (1e-30, 1.0), (1.0, 1e-5), (1e-42, 1e-42)]
+)
+def test_scales(check, x_scale, code_scale, metric):
+    check(torch.randn(12, 16) * x_scale, torch.randn(150, 16) * code_scale, metric)
+
+
+def test_mixed_magnitudes(check):
+    x, codebook = torch.randn(20, 16), torch.randn(150, 16)
+    check(x * 10.0 ** torch.linspace(-30, 10, 16), codebook * 10.0 ** torch.linspace(-20, 8, 16))
+    check(x * 10.0 ** torch.linspace(-20, 20, 20)[:, None], codebook)
+    check(x, codebook * 10.0 ** torch.linspace(-20, 15, 150)[:, None])
+
+
+def test_float64_values_that_float32_cannot_tell_apart(check):
+    x, codebook = torch.randn(12, 8, dtype=torch.float64), torch.randn(100, 8, dtype=torch.float64)
+    check(1 + 1e-12 * x, 1 + 1e-12 * codebook)
+    check(1e100 * x, 1e100 * codebook)
+    check(1e-100 * x, 1e-100 * codebook)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_values_that_are_not_finite(check, metric):
+    x, codebook = torch.randn(40, 16), torch.randn(200, 16)
+    x[3, 2], x[9, 0], x[10, 5] = torch.nan, torch.inf, -torch.inf
+    codebook[0, 0], codebook[150, 3], codebook[60, 1] = torch.nan, torch.inf, -torch.inf
+    check(x, codebook, metric)
+    check(x[:5], torch.full_like(codebook, torch.nan), metric)
+
+
+def test_heads_and_strides(kernel_device):
+    x, codebook = torch.randn(30, 2, 24, device=kernel_device), torch.randn(90, 2, 24, device=kernel_device)
+    indices = nearest_code(x.transpose(0, 1), codebook.transpose(0, 1), "euclidean")
+    for head in range(2):
+        assert torch.equal(indices[head], reference.nearest_code(x[:, head], codebook[:, head]))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("d", [3, 16, 64, 192, 512])
+def test_indices_do_not_depend_on_the_configuration(d, target):
+    """Tile sizes, layouts and loops of every chip, in the interpreter: none of them is a GPU's own business."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs its own configuration only, which the other tests cover")
+    x, codebook = torch.randn(40, d), torch.randn(300, d)
+    codebook[7] = codebook[250]
+    x[3] = codebook[7]
+    config = scan_config(padded_width(3 * d if d <= SPLIT_D else d), target)
+    indices, n_open = certified_search(x[None], pack_codebook(codebook, config=config))
+    assert torch.equal(indices[0], reference.nearest_code(x, codebook))
+    assert n_open <= 3
+
+
+def test_ordinary_tokens_are_proved_without_float64(kernel_device):
+    x, codebook = torch.randn(1, 256, 64, device=kernel_device), torch.randn(1000, 64, device=kernel_device)
+    _, n_open = certified_search(x, pack_codebook(codebook))
+    assert n_open <= 2

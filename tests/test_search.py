@@ -125,6 +125,19 @@ def test_indices_do_not_depend_on_the_batch_split(step):
     assert torch.equal(split, cpu.nearest_code(x, codebook))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_indices_do_not_depend_on_the_number_of_threads(threads):
+    x, codebook = (2 * torch.randn(3000, 6)).round(), (2 * torch.randn(700, 6)).round()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        indices = cpu.nearest_code(x, codebook)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(indices, reference.nearest_code(x, codebook))
+
+
 def test_indices_do_not_depend_on_block_sizes(monkeypatch):
     x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
     expected = cpu.nearest_code(x, codebook)

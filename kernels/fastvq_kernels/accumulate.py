@@ -50,7 +50,7 @@ def code_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, T
     counts = torch.zeros(n_codes, dtype=torch.int32, device=x.device)
     sums = torch.zeros(n_codes, dim, dtype=torch.float32, device=x.device)
     if n_tokens:
-        grid = (triton.cdiv(n_tokens, ACCUMULATE.BN), triton.cdiv(dim, ACCUMULATE.BD))
+        grid = (triton.cdiv(n_tokens, ACCUMULATE.block_n), triton.cdiv(dim, ACCUMULATE.block_d))
         accumulate_kernel[grid](
             x,
             indices.contiguous(),
@@ -58,8 +58,8 @@ def code_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, T
             sums,
             n_tokens,
             dim,
-            BN=ACCUMULATE.BN,
-            BD=ACCUMULATE.BD,
+            BN=ACCUMULATE.block_n,
+            BD=ACCUMULATE.block_d,
             num_warps=ACCUMULATE.num_warps,
         )
     return counts.float(), sums

@@ -1,43 +1,90 @@
-"""Launch configurations: one default per kernel and backend, the reason beside each odd entry."""
-
-from __future__ import annotations
+"""Launch choices: one default per target and padded width, with the reason beside odd entries."""
 
 from dataclasses import dataclass
 
 import torch
+import triton
+
+# Tokens that share one scale and one residual bound; every scan tile lies inside one such tile.
+TOKEN_TILE = 256
+# Up to here the three products of the two-part split fit into the 16 or 32 columns that cost no time: below 64
+# columns the maxima decide, not the products. One product would leave a third of the tokens open at D 4 and K 8192.
+SPLIT_D = 10
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass(frozen=True)
-class NearestConfig:
-    """Tile sizes and compiler options of the search kernel."""
+class ScanConfig:
+    """Tile sizes and compiler options of the scan."""
 
-    BN: int  # tokens per program
-    BK: int  # codes per step of the loop
-    BD: int  # dimensions per matrix product
-    precision: str  # of the float32 matrix product
-    num_warps: int
-    num_stages: int
+    block_m: int = 128  # tokens per program, a divisor of TOKEN_TILE
+    block_n: int = 128  # codes per step
+    block_d: int = 64  # columns per matrix product, a divisor of the padded width
+    pairs: int = 4  # a group is 2 * pairs codes: the accumulators of one thread in `pairs` stretches of columns
+    lanes: int = 4  # threads that share a token's row of accumulators, two neighbouring columns each
+    num_warps: int = 4
+    num_stages: int = 2
+    refine_warps: int = 8  # half the registers of 4 warps
+    resident: bool = True  # the token tile stays on chip; else its columns are loaded again with every step
+    int_max: bool = False  # compare float bits as int32: sm_90 has a three-input integer maximum, but no float one
+    tma: bool = False  # tensor descriptors: without the hardware they become masked pointers and lose the pipelining
+
+    @property
+    def group(self) -> int:
+        """Codes per group."""
+        return 2 * self.pairs
+
+
+def padded_width(d: int) -> int:
+    """Columns of the packed rows: a power of two up to 64 (one swizzle atom), then whole atoms."""
+    return max(16, triton.next_power_of_2(d)) if d <= 64 else triton.cdiv(d, 64) * 64
+
+
+def current_target() -> str:
+    """The entry for this machine; the interpreter and unknown devices use that of sm_80."""
+    if not torch.cuda.is_available():
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability()[0]
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def scan_config(width: int, target: str | None = None) -> ScanConfig:
+    """The default for a padded width. Two stages everywhere: a second program per SM hides more than a third stage."""
+    target = target or current_target()
+    block_d = width if width in (16, 32, 64, 128, 256) else 64
+    if target == "sm_90":
+        if width <= 256:
+            return ScanConfig(block_d=block_d, int_max=True, tma=True)
+        # 256 tokens share each load of codes: the row no longer fits beside its codes, so both come from L2 each step.
+        return ScanConfig(
+            256, block_d=128 if width % 128 == 0 else 64, num_warps=8, resident=False, int_max=True, tma=True
+        )
+    if target == "sm_100":
+        # Resident rows in several chunks spill: each product waits in tensor memory for its predecessor.
+        return ScanConfig(block_d=block_d, resident=block_d == width, tma=True)
+    if target == "gfx942":
+        # 64 KiB of shared memory; a row in registers up to 128 columns.
+        return ScanConfig(block_d=min(block_d, 128) if width != 256 else 64, resident=width <= 128)
+    # mma.m16n8k16 lays 8 warps out as 2 x 4, so 16 threads share a row; 4 warps spill from 128 columns on. Rows of 256
+    # columns would need 129 KiB, and the smaller chips that take this entry have 99.
+    return ScanConfig(
+        block_d=block_d if width <= 192 else 64,
+        lanes=16,
+        num_warps=8,
+        refine_warps=4,  # 8 spill 8 bytes at 64 columns
+        resident=width <= 192,
+    )
 
 
 @dataclass(frozen=True)
 class AccumulateConfig:
-    """Tile sizes of the scatter-add kernel."""
+    """Tile sizes of the scatter-add."""
 
-    BN: int  # tokens per program
-    BD: int  # dimensions per program
-    num_warps: int
-
-
-# Three TF32 products per float32 product: the tensor cores of sm_80, sm_90 and sm_100 have no float32 form.
-NEAREST_CUDA = NearestConfig(BN=64, BK=64, BD=32, precision="tf32x3", num_warps=4, num_stages=2)
-# MFMA multiplies float32 as it is; 64 KiB of shared memory leave no room for a third stage.
-NEAREST_HIP = NearestConfig(BN=64, BK=64, BD=32, precision="ieee", num_warps=4, num_stages=2)
-
-ACCUMULATE = AccumulateConfig(BN=32, BD=128, num_warps=4)
+    block_n: int = 32  # tokens per program
+    block_d: int = 128  # dimensions per program
+    num_warps: int = 4
 
 
-def nearest_config(is_hip: bool | None = None) -> NearestConfig:
-    """The search configuration of this machine's backend, or of the one named."""
-    if is_hip is None:
-        is_hip = torch.version.hip is not None
-    return NEAREST_HIP if is_hip else NEAREST_CUDA
+ACCUMULATE = AccumulateConfig()

@@ -1,0 +1,123 @@
+"""The shipped kernels with the arguments of a real launch, for offline compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bench.offline import Compiled, compile_offline
+from bench.plain_kernels import max_with_index
+from fastvq_kernels import accumulate, bounds, norms, pack, refine, settle, tokens
+from fastvq_kernels.configs import ACCUMULATE, SPLIT_D, TOKEN_TILE, ScanConfig, padded_width, scan_config
+from fastvq_kernels.scan import scan_kernel
+
+# Every argument that is not a float32 pointer.
+_TYPES = {
+    **dict.fromkeys(("N", "N_pad", "K", "KP", "H", "S", "D", "width", "steps_per_split"), "i32"),
+    **dict.fromkeys(("s_h", "s_n", "s_k", "c_h", "c_k"), "i64"),
+    **dict.fromkeys(("indices", "open_list", "winners", "p_indices"), "*i64"),
+    **dict.fromkeys(("groups", "open_count", "p_counts"), "*i32"),
+    **dict.fromkeys(("norms", "out"), "*fp64"),
+    "half": "*fp16",
+}
+# Strides and padded sizes are multiples of 16 for the dimensions compiled here.
+_DIVISIBLE = {"N_pad", "KP", "s_h", "s_n", "s_k", "c_h", "c_k"}
+PLAIN_TILE = 128
+
+
+def scan(target: str, width: int) -> tuple[Compiled, ScanConfig]:
+    """The scan for packed rows of ``width`` columns."""
+    config = scan_config(width, target)
+    types = {"tokens": "*fp16", "codes": "*fp16"}
+    if config.tma:
+        types = {
+            "tokens": f"tensordesc<fp16[{config.block_m},{config.block_d}]>",
+            "codes": f"tensordesc<fp16[{config.block_n},{config.block_d}]>",
+        }
+    constexprs = {
+        "D": width,
+        "BD": config.block_d,
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "PAIRS": config.pairs,
+        "LANES": config.lanes,
+        "TILE": TOKEN_TILE,
+        "INT_MAX": config.int_max,
+        "TMA": config.tma,
+        "RESIDENT": config.resident,
+        "STAGES": config.num_stages,
+    }
+    return _compile(scan_kernel, target, constexprs, config.num_warps, types=types), config
+
+
+def plain(target: str) -> Compiled:
+    """A search that keeps the maximum with its index for every pair: what the scan is compared with."""
+    return _compile(
+        max_with_index,
+        target,
+        {"D": 64, "BN": PLAIN_TILE, "BK": PLAIN_TILE, "LOWEST": True},
+        # Four warps spill on sm_100.
+        8 if target == "sm_100" else 4,
+        types={"x": "*fp16", "codebook": "*fp16", "out": "*i32"},
+        divisible={"N", "K"},
+    )
+
+
+def other_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> Iterator[tuple[int, Compiled]]:
+    """Everything but the scan, for tokens and codes in float32."""
+    for dim in dims:
+        split = dim <= SPLIT_D
+        width = padded_width(3 * dim if split else dim)
+        config = scan_config(width, target)
+        chunk = {"D": dim, "BD": min(dim, 32)}
+        packing = {"D": dim, "DP": width, "BD": min(width, 32), "SPLIT": split}
+        measured = {"INFLATE": bounds.norm_inflation(dim), "TINY": bounds.TINY}
+        float32 = {"WIDE_X": False, "WIDE_E": False, "CERTIFIED": True}
+        errors = {"E": bounds.refinement(dim, 32), "UNIT_ERROR": 0.0, "ORACLE": 2 * bounds.ORACLE, "UP": bounds.UP}
+        layout = {"PAIRS": config.pairs, "LANES": config.lanes}
+        codes = {"BK": 64, "WIDE": False, "UNIT": False, **packing, **measured, **layout}
+        yield dim, _compile(pack.pack_codes_kernel, target, codes, 4)
+        scale = {"A": bounds.accumulation(width), "LAMBDA": bounds.balance(split), "UP": bounds.UP}
+        rows = {"BT": TOKEN_TILE, "SHIFT": True, "WIDE": False, **packing, **measured, **scale}
+        yield dim, _compile(tokens.pack_tokens_kernel, target, rows, 8)
+        group = {"BT": 16, "G": config.group, "TILE": TOKEN_TILE, "SHIFT": True, "UNIT": False}
+        yield dim, _compile(refine.refine_kernel, target, {**chunk, **group, **float32, **errors}, config.refine_warps)
+        shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES, "METRIC": "euclidean", "BK": 128, "TILE": TOKEN_TILE}
+        values = {"values": "*fp64"}
+        unfused = {"enable_fp_fusion": False}
+        yield (
+            dim,
+            _compile(
+                settle.settle_kernel, target, {**chunk, **shares, **float32, **errors}, 4, types=values, options=unfused
+            ),
+        )
+    shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES}
+    yield 0, _compile(settle.merge_kernel, target, shares, 1, types={"values": "*fp64"})
+    yield 0, _compile(norms.square_sums_kernel, target, {"BK": 128}, 4, options={"enable_fp_fusion": False})
+    scatter = {"BN": ACCUMULATE.block_n, "BD": ACCUMULATE.block_d}
+    yield 0, _compile(accumulate.accumulate_kernel, target, scatter, ACCUMULATE.num_warps)
+
+
+def _compile(
+    kernel: Any,
+    target: str,
+    constexprs: dict[str, Any],
+    num_warps: int,
+    *,
+    types: dict[str, str] | None = None,
+    divisible: set[str] = _DIVISIBLE,
+    options: dict[str, Any] | None = None,
+) -> Compiled:
+    known = {**_TYPES, **(types or {})}
+    signature = {name: known.get(name, "*fp32") for name in kernel.arg_names if name not in constexprs}
+    marked = [name for name, kind in signature.items() if kind.startswith("*") or name in divisible]
+    return compile_offline(
+        kernel,
+        signature=signature,
+        constexprs=constexprs,
+        target=target,
+        num_warps=num_warps,
+        num_stages=constexprs.get("STAGES", 3),
+        divisible=marked,
+        options=options,
+    )

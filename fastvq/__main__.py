@@ -1,0 +1,5 @@
+"""``python -m fastvq``: the command line."""
+
+from fastvq.cli import main
+
+main()

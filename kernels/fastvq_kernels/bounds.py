@@ -1,0 +1,75 @@
+r"""Every constant of the certified search, derived in one place.
+
+**Frames.** A codebook is moved by one float32 vector `m` and scaled by one power of two:
+`e' = 2^b (g e - m)` (`g = 1`, for cosine `g = 1/|e|`). A tile of tokens is scaled likewise:
+`x' = 2^a (x - m)` for euclidean, `x' = 2^a x` for dot and cosine (`m` then only adds a constant per
+token). Powers of two and a common `m` change no ordering. With `c = 2^(a-b)` the code to find maximises
+
+    S_k = x'.e'_k - c h_k,    h_k = |e'_k|^2 / 2  (euclidean),  0  (dot, cosine).
+
+**Upper bound kept by the scan.** Let `x^`, `e^` be the fp16 roundings, `X >= |x'|, |x^|`, `r >= |x' - x^|`,
+`n_k >= |e'_k|`, `r_k >= |e'_k - e^_k|`, all measured. Then `x'.e'_k <= x^.e^_k + r n_k + X r_k`
+(Cauchy-Schwarz). The tensor core returns `x^.e^_k + bias` up to `A (X |e^_k| + |bias|)`, `|e^_k| <= n_k + r_k`.
+So with `G_k = n_k + LAMBDA r_k` and `w = max(r + A X, (1 + A) X / LAMBDA)`
+
+    U_k = fp32_tensor_core(x^.e^_k + c B_k + w G_k)  >=  S_k + c M
+
+where `B_k = M - h_k` rounded up. `LAMBDA = 2^12` makes both arms of `w` equal for ordinary data
+(`r` is about `2^-12.3 X`), `2^16` with the split below.
+`M = mean of h_k`: because the `e'_k` average to zero, some code has
+`S_k >= -c M`, so the winner is non-negative and the bits of the floats may be compared as int32.
+
+**Split.** For few columns `x' = x1 + x2 + rest` and `e' = e1 + e2 + rest` in fp16, and the packed rows `[x1, x2, x1]`,
+`[e1, e1, e2]` give `x1.e1 + x2.e1 + x1.e2`: the rests are about `2^-22`, and the missing `x2.e2 <= |x2| |e2|` counts as
+`2^-10 |e2|` in `r_k`, since `|x2| <= 2^-11 X` up to subnormals, which `TINY` covers. `A` then dominates the bound.
+
+**A: tensor-core accumulation.** A block of p products and the accumulator is aligned to its largest addend
+and truncated, not rounded: at most `p + 1` units in the last place of the largest magnitude, per block
+(Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 7:e330;
+Khattak and Mikaitis, arXiv 2512.07004, for later generations). Products of two fp16 are exact. Blocks are of 4 or
+more products, so D/p blocks cost at most `D (p + 1)/p <= 1.25 D` units of `2^-23` of `sum|x^_j e^_kj| + |bias|`;
+one block more for the accumulator start, and twice that for safety: `A = 2 (D + 16) 2^-23`.
+
+**Refinement.** The codes of a group are evaluated in fp32 from the given values, in chunks of BD columns that
+are added elementwise and then reduced. Every product passes at most `D/BD + BD` additions, its two factors carry a
+relative error of `2^-23` each (subtraction, scaling, a cast from float64), `h_k` the same again. Hence
+`|S~_k - S_k| <= E 2^-24 (X n_k + c h_k)` with `E = D/BD + BD + 16`; for cosine `X UNIT 2^b` more, since
+`fl(e fl(1/|e|))` is within `UNIT = 2^-21` of the unit vector.
+
+**The oracle rounds too.** Its value is a float64 sum of D terms: relative error at most `(D + 4) 2^-53 <= 2^-40`
+for `D <= MAX_CERTIFIED_D` of `|x - e_k|^2 <= 2 |x'|^2 + 2 |e'_k|^2` (euclidean), or of `|x| |e_k|` (dot, cosine).
+The token's share is `ORACLE |x'|^2 / c`; the code's share is inside `r_k` and `B_k`. A proof therefore speaks about the
+rounded float64 values, and every comparison in it is strict, so ties are never decided by a bound.
+
+**Range.** All bounds are float32; whatever overflows becomes +inf, proves nothing, and goes to the float64 scan.
+Underflow of scaled values adds at most `TINY`, far below one fp16 unit of the scaled data.
+"""
+
+import math
+
+ORACLE = 2.0**-40
+UNIT = 2.0**-21
+TINY = 2.0**-30
+MAX_CERTIFIED_D = 4096
+# Bounds are themselves computed in fp32: a few roundings of 2^-24 each, taken as one factor.
+UP = 1.0 + 2.0**-20
+
+
+def balance(split: bool) -> float:
+    """LAMBDA: weight of a code's residual norm against its norm in the slack."""
+    return 2.0**16 if split else 2.0**12
+
+
+def accumulation(d: int) -> float:
+    """A: error of a tensor-core sum of d products and a start value, relative to the sum of magnitudes."""
+    return 2.0 * (d + 16) * 2.0**-23
+
+
+def norm_inflation(d: int) -> float:
+    """Factor that turns an fp32 root of a sum of d squares into an upper bound of the true norm."""
+    return 1.0 + (d + 16) * 2.0**-23
+
+
+def refinement(d: int, chunk: int) -> float:
+    """E 2^-24: error of a refined score relative to X n_k + c h_k."""
+    return (math.ceil(d / chunk) + chunk + 16) * 2.0**-24

@@ -1,0 +1,83 @@
+"""Every shipped kernel, compiled offline for the chips it is meant for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = {
+    "scan_kernel",
+    "pack_codes_kernel",
+    "pack_tokens_kernel",
+    "refine_kernel",
+    "settle_kernel",
+    "merge_kernel",
+    "square_sums_kernel",
+    "accumulate_kernel",
+}
+
+
+def run_static(**environment):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "bench.static", "--json"]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    done = run_static()
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def scans(compiled, target):
+    return {row["D"]: row for row in compiled if row["kernel"] == "scan_kernel" and row["target"] == target}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_is_compiled(compiled, target):
+    assert {row["kernel"] for row in compiled if row["target"] == target} >= KERNELS
+
+
+def test_no_kernel_spills_registers(compiled):
+    assert [row for row in compiled if row["spill_bytes"]] == []
+
+
+def test_shared_memory_fits_the_chip(compiled):
+    assert [row for row in compiled if row["shared_bytes"] > row["shared_limit_bytes"]] == []
+
+
+def test_small_chips_of_the_sm_80_family_have_enough_shared_memory(compiled):
+    # sm_86, sm_89 and sm_120 run the sm_80 configuration with 99 KiB.
+    assert [row for row in scans(compiled, "sm_80").values() if row["shared_bytes"] > 99 * 1024] == []
+
+
+def test_scan_uses_matrix_instructions(compiled):
+    for target, names in {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "sm_100": {"UTCHMMA"}, "gfx942": {"v_mfma"}}.items():
+        for row in scans(compiled, target).values():
+            assert set(row["matrix_instructions"]) == names, row
+
+
+def test_scan_is_lean_on_hopper(compiled):
+    """Instructions per (token, code) pair; a search that keeps an index for every pair needs 5 to 6 and 3.4 to 4.5."""
+    for width, row in scans(compiled, "sm_90").items():
+        if width <= 64:
+            assert row["slots_per_pair"] <= 3.0, row
+            assert row["alu_per_pair"] <= 1.5, row
+        elif width <= 256:
+            assert row["slots_per_pair"] <= 4.5, row
+        else:  # rows are loaded in chunks; bound by the tensor cores all the same
+            assert row["limiter"] == "tensor", row
+    plain = next(row for row in compiled if row["kernel"] == "max_with_index" and row["target"] == "sm_90")
+    assert plain["slots_per_pair"] > 2 * scans(compiled, "sm_90")[64]["slots_per_pair"]
+
+
+def test_offline_compilation_refuses_the_interpreter():
+    done = run_static(TRITON_INTERPRET="1")
+    assert done.returncode != 0
+    assert "unset TRITON_INTERPRET" in done.stderr
