@@ -10,7 +10,7 @@ demo: $(VENV)/installed-demo
 	$(BIN)/fastvq demo --out demo-out
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -51,8 +51,11 @@ _TOKENS_PER_BLOCK = 4096
 _GATHER_VALUES = 1 << 17
 # Pairs are settled in pieces of this many float64 values (8 MiB).
 _SETTLE_VALUES = 1 << 20
-# A token with more candidate groups than this is cheaper among distinct codes, or in the oracle.
-_MAX_GROUPS_PER_TOKEN = 8
+# A token whose candidate groups hold more codes than this is cheaper among distinct codes, or in the oracle (measured
+# on patches of photographs, where many codes of a clear sky are nearly alike).
+_MAX_REFINED_CODES = 768
+# And so is one that keeps more codes than this after refinement; it bounds the memory of what is settled.
+_MAX_SETTLED_CODES = 64
 # Packing the codebook costs as much as the distances of this many tokens, computed one by one.
 _FEW_TOKENS = 4
 
@@ -174,7 +177,8 @@ def _search_block(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor, Te
     lower = torch.addmm(maxima, packed.norms, to_lower).amax(0) - slack
     groups, owners = (maxima >= lower).nonzero().unbind(1)
     # Out of float32's range, or crowded because many codes are alike.
-    is_open = ~torch.isfinite(lower) | (torch.bincount(owners, minlength=n) > _MAX_GROUPS_PER_TOKEN)
+    most = _MAX_REFINED_CODES // packed.columns.shape[2]
+    is_open = ~torch.isfinite(lower) | (torch.bincount(owners, minlength=n) > most)
     if is_open.any():
         certain = ~is_open[owners]
         groups, owners = groups[certain], owners[certain]
@@ -183,7 +187,11 @@ def _search_block(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor, Te
     to_lower = packed.norms.index_select(0, groups) * to_lower.index_select(1, owners).t()
     best = upper.amax(1) + to_lower.sum(1)
     lower = torch.full_like(a, -torch.inf).scatter_reduce_(0, owners, best, "amax") - slack
-    pairs, members = (upper >= lower.index_select(0, owners)[:, None]).nonzero().unbind(1)
+    reaches = upper >= lower.index_select(0, owners)[:, None]
+    n_codes = torch.zeros(n, dtype=torch.int64, device=x.device).index_add_(0, owners, reaches.sum(1))
+    is_open |= n_codes > _MAX_SETTLED_CODES
+    reaches &= ~is_open.index_select(0, owners)[:, None]
+    pairs, members = reaches.nonzero().unbind(1)
     candidates = groups.index_select(0, pairs) * upper.shape[1] + members
     return owners.index_select(0, pairs), candidates, is_open
 

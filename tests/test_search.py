@@ -141,13 +141,14 @@ def test_indices_do_not_depend_on_the_number_of_threads(threads):
 def test_indices_do_not_depend_on_block_sizes(monkeypatch):
     x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
     expected = cpu.nearest_code(x, codebook)
-    for tokens, codes, values, groups in ((7, 64, 1, 1), (1, 128, 1000, 3), (512, 1024, 1 << 21, 10**6)):
+    for tokens, codes, values, groups in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
         monkeypatch.setattr(cpu, "_TOKENS_PER_PRODUCT", tokens)
         monkeypatch.setattr(cpu, "_TOKENS_PER_BLOCK", 3 * tokens)
         monkeypatch.setattr(cpu, "_CODES_PER_PRODUCT", codes)
         monkeypatch.setattr(cpu, "_GATHER_VALUES", values)
         monkeypatch.setattr(cpu, "_SETTLE_VALUES", values)
-        monkeypatch.setattr(cpu, "_MAX_GROUPS_PER_TOKEN", groups)
+        monkeypatch.setattr(cpu, "_MAX_REFINED_CODES", groups)
+        monkeypatch.setattr(cpu, "_MAX_SETTLED_CODES", groups)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
 
 
