@@ -1,4 +1,4 @@
-"""Two plain searches without any of the library's ideas: the baseline of the instruction counts."""
+"""A plain search without any of the library's ideas: the baseline of the instruction counts."""
 
 import triton
 import triton.language as tl
@@ -28,26 +28,3 @@ def max_with_index(
         b_index = tl.where(b_max > b_best, b_arg + i_k, b_index)
         b_best = tl.maximum(b_max, b_best)
     tl.store(out + o_n, b_index, mask=m_n)
-
-
-@triton.jit
-def tile_max(x, codebook, half_norms, out, N, K, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """First code of the tile that holds the nearest code of each of BN tokens: a maximum and no index per pair.
-
-    K is a multiple of BK; tokens from N on are neither read nor written.
-    """
-    i_n = tl.program_id(0).to(tl.int64)
-    o_n = i_n * BN + tl.arange(0, BN)
-    o_d = tl.arange(0, D)
-    m_n = o_n < N
-    b_x = tl.load(x + o_n[:, None] * D + o_d[None, :], mask=m_n[:, None], other=0.0)  # [BN, D]
-    b_best = tl.full([BN], float("-inf"), tl.float32)
-    b_tile = tl.zeros([BN], tl.int32)
-    for i_k in range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_e = tl.load(codebook + o_k[None, :] * D + o_d[:, None])  # [D, BK]
-        b_s = tl.dot(b_x, b_e) - tl.load(half_norms + o_k)[None, :]  # [BN, BK]
-        b_max = tl.max(b_s, axis=1)  # [BN]
-        b_tile = tl.where(b_max > b_best, i_k, b_tile)
-        b_best = tl.maximum(b_max, b_best)
-    tl.store(out + o_n, b_tile, mask=m_n)
