@@ -91,7 +91,7 @@ def test_a_wrong_triton_index_fails(monkeypatch, kernel_device):
     row = list(judge_all(cases, kernel_device))[-1]
     assert row.backend.startswith("triton")
     assert row.passed is False
-    assert row.result == "15 wrong"
+    assert int(row.result.split()[0]) > 0
 
 
 def test_a_backend_that_raises_fails(monkeypatch):
