@@ -94,14 +94,11 @@ def main() -> None:
 
 
 def _cost_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"main loop per (token, code) pair; modelled for {TOKENS} tokens, {CODES} codes on an H100")
-    for column in ("kernel", "target", "D", "issue slots", "ALU pipe", "overlapped", "serial", "limiter"):
-        table.add_column(column, no_wrap=True)
+    title = f"main loop per (token, code) pair; modelled for {TOKENS} tokens, {CODES} codes on an H100"
+    table = _table(title, "issue slots", "ALU pipe", "overlapped", "serial", "limiter")
     for row in rows:
         table.add_row(
-            row["kernel"],
-            row["target"],
-            str(row["D"]),
+            *_kernel_cells(row),
             f"{row['slots_per_pair']:.2f}",
             f"{row['alu_per_pair']:.2f}",
             f"{row['modelled_us']} µs",
@@ -111,15 +108,23 @@ def _cost_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _resource_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="compiled offline; nothing was run")
-    for column in ("kernel", "target", "D", "registers", "spilled", "shared KiB", "limit", "matrix instructions"):
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for column in ("kernel", "target", "D", *columns):
         table.add_column(column, no_wrap=True)
+    return table
+
+
+def _kernel_cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["kernel"], row["target"], str(row["D"])
+
+
+def _resource_table(rows: list[dict[str, Any]]) -> Table:
+    title = "compiled offline; nothing was run"
+    table = _table(title, "registers", "spilled", "shared KiB", "limit", "matrix instructions")
     for row in rows:
         table.add_row(
-            row["kernel"],
-            row["target"],
-            str(row["D"]),
+            *_kernel_cells(row),
             str(row["registers"]),
             str(row["spill_bytes"]),
             f"{row['shared_bytes'] / 1024:.1f}",

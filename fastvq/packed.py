@@ -72,8 +72,8 @@ def pack(codebook: Tensor, metric: str, top: float) -> PackedCodebook:
     return packed
 
 
-def _pack_groups(codebook: Tensor, packed: PackedCodebook, g0: int, g1: int) -> Tensor:
-    """Fill groups ``g0`` to ``g1`` of the packed codebook, and return their ``h``."""
+def _pack_groups(codebook: Tensor, packed: PackedCodebook, g0: int, g1: int) -> None:
+    """Fill groups ``g0`` to ``g1`` of the packed codebook."""
     _, group, width = packed.rows.shape
     dim = width - 2
     codes = codebook[g0 * group : g1 * group]
@@ -94,7 +94,6 @@ def _pack_groups(codebook: Tensor, packed: PackedCodebook, g0: int, g1: int) -> 
     rows[:, dim + 1] = b
     packed.norms[g0:g1] = torch.stack([b, h], 1).view(-1, group, 2).amax(1)
     packed.columns[g0:g1] = packed.rows[g0:g1].transpose(1, 2)
-    return h
 
 
 def _scale(values: Tensor, packed: PackedCodebook, out: Tensor) -> None:
