@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import triton
+
 from bench.offline import Compiled, compile_offline
 from bench.plain_kernels import max_with_index
 from fastvq_kernels import accumulate, bounds, norms, pack, refine, settle, tokens
@@ -13,15 +15,17 @@ from fastvq_kernels.scan import scan_kernel
 
 # Every argument that is not a float32 pointer.
 _TYPES = {
-    **dict.fromkeys(("N", "N_pad", "K", "KP", "H", "S", "D", "width", "steps_per_split"), "i32"),
+    **dict.fromkeys(
+        ("N", "N_pad", "K", "KP", "K_bias", "H", "S", "D", "width", "steps", "all_steps", "steps_per_split"), "i32"
+    ),
     **dict.fromkeys(("s_h", "s_n", "s_k", "c_h", "c_k"), "i64"),
     **dict.fromkeys(("indices", "open_list", "winners", "p_indices"), "*i64"),
-    **dict.fromkeys(("groups", "open_count", "p_counts"), "*i32"),
+    **dict.fromkeys(("winner", "winners_of_bins", "open_count", "p_counts"), "*i32"),
     **dict.fromkeys(("norms", "out"), "*fp64"),
     "half": "*fp16",
 }
 # Strides and padded sizes are multiples of 16 for the dimensions compiled here.
-_DIVISIBLE = {"N_pad", "KP", "s_h", "s_n", "s_k", "c_h", "c_k"}
+_DIVISIBLE = {"N_pad", "KP", "K_bias", "s_h", "s_n", "s_k", "c_h", "c_k"}
 PLAIN_TILE = 128
 
 
@@ -39,10 +43,10 @@ def scan(target: str, width: int) -> tuple[Compiled, ScanConfig]:
         "BD": config.block_d,
         "BM": config.block_m,
         "BN": config.block_n,
-        "PAIRS": config.pairs,
         "LANES": config.lanes,
         "TILE": TOKEN_TILE,
         "INT_MAX": config.int_max,
+        "ASM": config.int_max,
         "TMA": config.tma,
         "RESIDENT": config.resident,
         "STAGES": config.num_stages,
@@ -69,28 +73,25 @@ def other_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> It
         split = dim <= SPLIT_D
         width = padded_width(3 * dim if split else dim)
         config = scan_config(width, target)
-        chunk = {"D": dim, "BD": min(dim, 32)}
+        chunk = {"D": dim, "BD": min(max(8, triton.next_power_of_2(dim)), 32)}
         packing = {"D": dim, "DP": width, "BD": min(width, 32), "SPLIT": split}
         measured = {"INFLATE": bounds.norm_inflation(dim), "TINY": bounds.TINY}
         float32 = {"WIDE_X": False, "WIDE_E": False, "CERTIFIED": True}
         errors = {"E": bounds.refinement(dim, 32), "UNIT_ERROR": 0.0, "ORACLE": 2 * bounds.ORACLE, "UP": bounds.UP}
-        layout = {"PAIRS": config.pairs, "LANES": config.lanes}
-        codes = {"BK": 64, "WIDE": False, "UNIT": False, **packing, **measured, **layout}
+        codes = {"BK": 64, "WIDE": False, "UNIT": False, **packing, **measured}
         yield dim, _compile(pack.pack_codes_kernel, target, codes, 4)
         scale = {"A": bounds.accumulation(width), "LAMBDA": bounds.balance(split), "UP": bounds.UP}
         rows = {"BT": TOKEN_TILE, "SHIFT": True, "WIDE": False, **packing, **measured, **scale}
         yield dim, _compile(tokens.pack_tokens_kernel, target, rows, 8)
-        group = {"BT": 16, "G": config.group, "TILE": TOKEN_TILE, "SHIFT": True, "UNIT": False}
-        yield dim, _compile(refine.refine_kernel, target, {**chunk, **group, **float32, **errors}, config.refine_warps)
-        shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES, "METRIC": "euclidean", "BK": 128, "TILE": TOKEN_TILE}
+        layout = {"LANES": config.lanes, "TILE": TOKEN_TILE}
+        slack = {"SLACK": 2 + bounds.accumulation(width), "BIAS_ERROR": 4 * bounds.bias_error(dim, width)}
+        two = {"BT": 64, "SHIFT": True, "UNIT": False, **layout, **slack}
+        yield dim, _compile(refine.refine_kernel, target, {**chunk, **two, **float32, **errors}, 4)
+        shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES, "METRIC": "euclidean", "BN": config.block_n}
+        constexprs = {"BK": settle.block_k(dim), **chunk, **shares, **layout, **float32, **errors}
         values = {"values": "*fp64"}
         unfused = {"enable_fp_fusion": False}
-        yield (
-            dim,
-            _compile(
-                settle.settle_kernel, target, {**chunk, **shares, **float32, **errors}, 4, types=values, options=unfused
-            ),
-        )
+        yield dim, _compile(settle.settle_kernel, target, constexprs, 4, types=values, options=unfused)
     shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES}
     yield 0, _compile(settle.merge_kernel, target, shares, 1, types={"values": "*fp64"})
     yield 0, _compile(norms.square_sums_kernel, target, {"BK": 128}, 4, options={"enable_fp_fusion": False})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -46,13 +47,19 @@ def choose_backend(device: torch.device, backend: str = "auto") -> tuple[str, st
 
 
 def _obstacle_to_triton(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "Triton is not installed"
     if device.type == "cpu" and not interpreting():
         return "tensors are on the CPU; set TRITON_INTERPRET=1 before Python starts to run the kernels interpreted"
     if device.type not in ("cpu", "cuda"):
         return f"Triton kernels run on CUDA and ROCm devices, tensors are on {device.type}"
     return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    """Asked once: looking through the import path takes half a millisecond."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:

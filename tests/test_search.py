@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastvq
-from fastvq import cpu, reference
+from fastvq import cpu, grid, reference, settle
 
 METRICS = ("euclidean", "cosine", "dot")
 
@@ -109,6 +109,35 @@ def test_indices_equal_float64_whatever_the_data(problem):
     assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(problems())
+def test_indices_equal_float64_with_and_without_packing(problem):
+    x, codebook, metric = problem
+    expected = reference.nearest_code(x, codebook, metric)
+    for few in (0, len(x)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "_FEW_TOKENS", few)
+            assert torch.equal(cpu.nearest_code(x, codebook, metric), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3, 40])
+@pytest.mark.parametrize("metric", METRICS)
+def test_tokens_that_are_not_finite_get_minus_one_and_codes_never_win(n, metric):
+    x, codebook = torch.randn(n, 9), torch.randn(300, 9)
+    x[::3, 4] = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.arange(len(x[::3])) % 3]
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    codebook[::7, 2], codebook[1::50, 3] = torch.nan, torch.inf
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
+@pytest.mark.parametrize("spread", [0, 1e-7, 1e-5, 1e-3, 1e-1])
+@pytest.mark.parametrize("clumps", [1, 2, 40])
+def test_indices_equal_float64_for_tight_clumps_of_codes(clumps, spread):
+    codebook = torch.randn(clumps, 16)[torch.arange(1500) % clumps] + spread * torch.randn(1500, 16)
+    x = torch.cat([torch.randn(300, 16), codebook[:300] + spread * torch.randn(300, 16)])
+    assert torch.equal(cpu.nearest_code(x, codebook), reference.nearest_code(x, codebook))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.integers(-600, 600), st.integers(-600, 600), st.sampled_from(METRICS))
 def test_indices_equal_float64_at_the_edges_of_float64(seed, token_exponent, code_exponent, metric):
@@ -141,14 +170,15 @@ def test_indices_do_not_depend_on_the_number_of_threads(threads):
 def test_indices_do_not_depend_on_block_sizes(monkeypatch):
     x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
     expected = cpu.nearest_code(x, codebook)
-    for tokens, codes, values, groups in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
-        monkeypatch.setattr(cpu, "_TOKENS_PER_PRODUCT", tokens)
-        monkeypatch.setattr(cpu, "_TOKENS_PER_BLOCK", 3 * tokens)
-        monkeypatch.setattr(cpu, "_CODES_PER_PRODUCT", codes)
-        monkeypatch.setattr(cpu, "_GATHER_VALUES", values)
-        monkeypatch.setattr(cpu, "_SETTLE_VALUES", values)
-        monkeypatch.setattr(cpu, "_MAX_REFINED_CODES", groups)
-        monkeypatch.setattr(cpu, "_MAX_SETTLED_CODES", groups)
+    for tokens, codes, values, most in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
+        monkeypatch.setattr(grid, "_TOKENS_PER_PRODUCT", tokens)
+        monkeypatch.setattr(grid, "_TOKENS_PER_BLOCK", 3 * tokens)
+        monkeypatch.setattr(grid, "_PRODUCT_VALUES", codes * tokens)
+        monkeypatch.setattr(grid, "_TOKENS_REFINED", tokens)
+        monkeypatch.setattr(grid, "_REFINED_VALUES", values)
+        monkeypatch.setattr(grid, "_MAX_CROSSINGS", most)
+        monkeypatch.setattr(cpu, "_MAX_SETTLED_CODES", most)
+        monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
 
 

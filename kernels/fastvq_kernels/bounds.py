@@ -30,7 +30,17 @@ Khattak and Mikaitis, arXiv 2512.07004, for later generations). Products of two 
 more products, so D/p blocks cost at most `D (p + 1)/p <= 1.25 D` units of `2^-23` of `sum|x^_j e^_kj| + |bias|`;
 one block more for the accumulator start, and twice that for safety: `A = 2 (D + 16) 2^-23`.
 
-**Refinement.** The codes of a group are evaluated in fp32 from the given values, in chunks of BD columns that
+**Lower bound from the scan.** The same steps the other way round: the products exceed `x'.e'_k` by at most
+`r n_k + X r_k`, the sum exceeds theirs and the bias by `A X |e^_k| + A |bias|`, and the first three of these terms
+together are at most `w G_k`.
+With `B_k <= M - h_k + 2 F (h_k + M)`, `F` the relative error of `h_k` and of the sum (`bias_error`, which contains A),
+
+    S_k >= U_k - c M - (2 + A) w G_k - 4 F c (h_k + M),    h_k <= G_k^2 / 2.
+
+So the best code is proved by the scan alone where the bounds of all others stay below this; it is within
+`2 w G_k` of its own bound, where the score in fp32 would be within `w G_k`.
+
+**Refinement.** Codes are evaluated in fp32 from the given values, in chunks of BD columns that
 are added elementwise and then reduced. Every product passes at most `D/BD + BD` additions, its two factors carry a
 relative error of `2^-23` each (subtraction, scaling, a cast from float64), `h_k` the same again. Hence
 `|S~_k - S_k| <= E 2^-24 (X n_k + c h_k)` with `E = D/BD + BD + 16`; for cosine `X UNIT 2^b` more, since
@@ -68,6 +78,11 @@ def accumulation(d: int) -> float:
 def norm_inflation(d: int) -> float:
     """Factor that turns an fp32 root of a sum of d squares into an upper bound of the true norm."""
     return 1.0 + (d + 16) * 2.0**-23
+
+
+def bias_error(d: int, width: int) -> float:
+    """Relative error of c B_k beside h_k + M: of h_k itself, and of the bias in the tensor-core sum."""
+    return refinement(d, 32) + accumulation(width) + ORACLE
 
 
 def refinement(d: int, chunk: int) -> float:

@@ -20,19 +20,12 @@ class ScanConfig:
     block_m: int = 128  # tokens per program, a divisor of TOKEN_TILE
     block_n: int = 128  # codes per step
     block_d: int = 64  # columns per matrix product, a divisor of the padded width
-    pairs: int = 4  # a group is 2 * pairs codes: the accumulators of one thread in `pairs` stretches of columns
-    lanes: int = 4  # threads that share a token's row of accumulators, two neighbouring columns each
+    lanes: int = 4  # threads that share a token's row of accumulators; block_n is 8 or 32 columns for each
     num_warps: int = 4
     num_stages: int = 2
-    refine_warps: int = 8  # half the registers of 4 warps
     resident: bool = True  # the token tile stays on chip; else its columns are loaded again with every step
     int_max: bool = False  # compare float bits as int32: sm_90 has a three-input integer maximum, but no float one
     tma: bool = False  # tensor descriptors: without the hardware they become masked pointers and lose the pipelining
-
-    @property
-    def group(self) -> int:
-        """Codes per group."""
-        return 2 * self.pairs
 
 
 def padded_width(d: int) -> int:
@@ -65,16 +58,15 @@ def scan_config(width: int, target: str | None = None) -> ScanConfig:
         # Resident rows in several chunks spill: each product waits in tensor memory for its predecessor.
         return ScanConfig(block_d=block_d, resident=block_d == width, tma=True)
     if target == "gfx942":
-        # 64 KiB of shared memory; a row in registers up to 128 columns.
-        return ScanConfig(block_d=min(block_d, 128) if width != 256 else 64, resident=width <= 128)
-    # mma.m16n8k16 lays 8 warps out as 2 x 4, so 16 threads share a row; 4 warps spill from 128 columns on. Rows of 256
-    # columns would need 129 KiB, and the smaller chips that take this entry have 99.
+        # 64 KiB of shared memory, through which 64 rows of accumulators pass to reach the layout of the maxima.
+        return ScanConfig(64, block_d=min(block_d, 128) if width != 256 else 64, resident=width <= 128)
+    # mma.m16n8k16 lays 8 warps out as 2 x 4, so 16 threads share a row; 4 warps spill from 128 columns on, and 8
+    # with 192 resident columns. Rows of 256 would need 129 KiB, and the smaller chips that take this entry have 99.
     return ScanConfig(
-        block_d=block_d if width <= 192 else 64,
+        block_d=block_d if width <= 128 else 64,
         lanes=16,
         num_warps=8,
-        refine_warps=4,  # 8 spill 8 bytes at 64 columns
-        resident=width <= 192,
+        resident=width <= 128,
     )
 
 

@@ -20,8 +20,8 @@ class PackedCodebook:
     metric                euclidean, dot or cosine
     shift    [H, D]       fp32 m
     scale    [H]          fp32 2^b
-    half     [H, KP, DP]  fp16 e^, rows permuted so that a group is one thread's accumulators
-    bias     [H, KP, 2]   fp32 B_k (padding and codes with NaN or Inf: -inf) and G_k, permuted
+    half     [H, KP, DP]  fp16 e^, KP a multiple of the scan's tile of BN codes
+    bias     [H, KP + BN, 2]  fp32 B_k (padding and codes with NaN or Inf: -inf) and G_k; the scan reads one tile ahead
     half_sq  [H, K]       fp32 h_k; inf: never chosen, FLT_MAX: outside the range, always a candidate
     length   [H, K]       fp32 n_k
     mean_sq  [H]          fp32 M
@@ -61,21 +61,13 @@ def load_code(p_e, b_inv, p_shift, o_d, m_d, m_e, b_scale, WIDE: tl.constexpr, U
 def pack_codes_kernel(
     codes, inverse, shift, scale, half, half_sq, length, residual,
     K, KP, s_h, s_k,
-    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     WIDE: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, INFLATE: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    """One program rounds BK codes of one head to fp16 and measures |e'|^2 / 2, |e'| and |e' - e^|.
-
-    Row 2 LANES j + 2 q + r of a block of 2 LANES PAIRS rows holds code 2 PAIRS q + 2 j + r of that block: lane q owns
-    columns 2 q, 2 q + 1 of every 2 LANES columns of an accumulator, so a group of 2 PAIRS codes is one thread's.
-    """
+    """One program rounds BK codes of one head to fp16 and measures |e'|^2 / 2, |e'| and |e' - e^|."""
     i_k, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < K
-    b_local = o_k % (2 * LANES * PAIRS)
-    b_j = (b_local % (2 * PAIRS)) // 2
-    b_q = b_local // (2 * PAIRS)
-    o_row = o_k - b_local + 2 * LANES * b_j + 2 * b_q + b_local % 2
     b_scale = tl.load(scale + i_h)
     b_inv = tl.load(inverse + i_h * K + o_k, mask=m_k, other=0.0)[:, None] if UNIT else 1.0
 
@@ -99,7 +91,7 @@ def pack_codes_kernel(
             b_e = tl.where((o_c < D)[None, :], b_e, 0.0)
         b_sq += tl.sum(b_e * b_e, axis=1)
         b_res += tl.sum(b_r * b_r, axis=1)
-        tl.store(half + (i_h * KP + o_row)[:, None] * DP + o_c[None, :], b_half)
+        tl.store(half + (i_h * KP + o_k)[:, None] * DP + o_c[None, :], b_half, mask=m_k[:, None])
     b_len = tl.sqrt(b_sq) * INFLATE
     tl.store(half_sq + i_h * K + o_k, b_sq * 0.5, mask=m_k)
     tl.store(length + i_h * K + o_k, b_len + TINY, mask=m_k)
@@ -117,13 +109,6 @@ def frame(codes: Tensor, inverse: Tensor | None, finite: Tensor) -> tuple[Tensor
     exponent = 15 - torch.frexp(largest.clamp(2.0**-105, 2.0**120))[1]
     scale = ((exponent + 127) << 23).to(torch.int32).view(torch.float32)  # exact, unlike a power function
     return shift.contiguous(), scale
-
-
-def permute(row: Tensor, config: ScanConfig, pad: int, fill: float) -> Tensor:
-    """[H, K] in code order -> [H, KP] in packed order (see pack_codes_kernel)."""
-    row = torch.nn.functional.pad(row, (0, pad), value=fill)
-    H, KP = row.shape
-    return row.view(H, -1, config.lanes, config.pairs, 2).transpose(2, 3).reshape(H, KP)
 
 
 def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfig | None = None) -> PackedCodebook:
@@ -152,7 +137,7 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     pack_codes_kernel[(triton.cdiv(K, block_k), H)](
         codes, inverse, shift, scale, half, half_sq, length, residual,
         K, KP, codes.stride(0), codes.stride(1),
-        D=D, DP=DP, BK=block_k, BD=min(DP, 32), PAIRS=config.pairs, LANES=config.lanes,
+        D=D, DP=DP, BK=block_k, BD=min(DP, 32),
         WIDE=codes.dtype == torch.float64, UNIT=unit, SPLIT=split, INFLATE=bounds.norm_inflation(D),
         TINY=bounds.TINY,
     )  # fmt: skip
@@ -163,19 +148,21 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     )
     residual = residual + bounds.ORACLE * bounds.UP * raw + (bounds.UNIT * scale[:, None] if unit else 0.0)
     inside = torch.isfinite(half_sq) & torch.isfinite(residual)
-    width_error = bounds.refinement(D, 32) + bounds.accumulation(DP) + bounds.ORACLE
+    error = bounds.bias_error(D, DP)
     if metric == "euclidean":
         mean_sq = torch.where(finite & inside, half_sq, 0.0).mean(1) * bounds.UP
-        bias = mean_sq[:, None] - half_sq + 2.0 * width_error * (half_sq + mean_sq[:, None])
+        bias = mean_sq[:, None] - half_sq + 2.0 * error * (half_sq + mean_sq[:, None])
     else:
         mean_sq, half_sq, bias = torch.zeros_like(scale), torch.zeros_like(half_sq), torch.zeros_like(half_sq)
     largest = torch.finfo(torch.float32).max
     bias = torch.where(finite, torch.where(inside, bias, torch.inf), -torch.inf)
     slack = torch.where(finite & inside, (length + bounds.balance(split) * residual) * bounds.UP, 0.0)
     half_sq = torch.where(finite, torch.where(inside, half_sq, largest), torch.inf)
-    half = torch.where(permute(finite & inside, config, KP - K, False)[..., None], half, 0.0)
+    half[:, :K] = torch.where((finite & inside)[..., None], half[:, :K], 0.0)
+    bounds_of_codes = torch.zeros(H, KP + config.block_n, 2, dtype=torch.float32, device=device)
+    bounds_of_codes[:, K:, 0] = -torch.inf
+    bounds_of_codes[:, :K] = torch.stack((bias, slack), -1)
     return PackedCodebook(
-        codes=codes, metric=metric, shift=shift, scale=scale, half=half,
-        bias=torch.stack((permute(bias, config, KP - K, -torch.inf), permute(slack, config, KP - K, 0.0)), -1),
+        codes=codes, metric=metric, shift=shift, scale=scale, half=half, bias=bounds_of_codes,
         half_sq=half_sq, length=length, mean_sq=mean_sq, norms=norms, inverse=inverse, split=split, config=config,
     )  # fmt: skip

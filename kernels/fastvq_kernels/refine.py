@@ -1,4 +1,6 @@
-"""The refinement: the winning groups again in fp32 from the given values; a proof per token, or the open list."""
+"""The refinement: a proof per token from the scan's bounds, or from the two best codes in fp32, or the open list."""
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -8,19 +10,19 @@ from torch import Tensor
 from . import bounds
 from .configs import TOKEN_TILE
 from .pack import PackedCodebook, load_code
-from .tokens import load_shifted, ratio
+from .scan import Bins
+from .tokens import PackedTokens, load_shifted, ratio
 
 
 @triton.jit
-def group_bounds(
-    tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_t, b_group, b_scale, b_code_scale, b_c, b_X,
+def code_bounds(
+    tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_t, o_k, b_scale, b_code_scale, b_c, b_X,
     K, s_h, s_n, c_h, c_k,
     D: tl.constexpr, BT: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
     SHIFT: tl.constexpr, WIDE_X: tl.constexpr, WIDE_E: tl.constexpr, UNIT: tl.constexpr,
     E: tl.constexpr, UNIT_ERROR: tl.constexpr,
 ):  # fmt: skip
-    """Lower and upper bounds [BT, G] of S_k for the codes of one group per token, and the codes' ids."""
-    o_k = b_group.to(tl.int64)[:, None] * G + tl.arange(0, G)[None, :]  # [BT, G]
+    """Lower and upper bounds [BT, G] of S_k for G codes o_k [BT, G] per token, from the given values."""
     m_k = m_t[:, None] & (o_k < K)
     b_h = tl.load(half_sq + i_h * K + o_k, mask=m_k, other=float("inf"))
     b_n = tl.load(length + i_h * K + o_k, mask=m_k, other=0.0)
@@ -43,87 +45,109 @@ def group_bounds(
     never = b_h == float("inf")
     b_low = tl.where(inside & (~never), b_s - b_err, float("-inf"))
     b_high = tl.where(never, float("-inf"), tl.where(inside, b_s + b_err, float("inf")))
-    return b_low, b_high, o_k
+    return b_low, b_high
 
 
 @triton.jit
-def winner(b_low, b_high, o_k):
-    """Best lower bound, its code, the highest upper bound of the other codes, and of all: four [BT]."""
-    b_best = tl.max(b_low, axis=1)
-    b_code = tl.min(tl.where(b_low == b_best[:, None], o_k, 1 << 60), axis=1)
-    b_other = tl.max(tl.where(o_k == b_code[:, None], float("-inf"), b_high), axis=1)
-    return b_best, b_code, b_other, tl.max(b_high, axis=1)
+def below(b_value, b_cM, b_eta, UP: tl.constexpr):
+    """What a bound U_k = S_k + c M has to stay under for the code to lose against a score of at least b_value."""
+    return b_value + b_cM - (tl.abs(b_value) + b_cM) * (UP - 1.0) - b_eta
+
+
+@triton.jit
+def take_largest(b_v, b_k, o_lane):
+    """The largest of b_v [BT, LANES], what b_k holds there, and b_v without it."""
+    b_top = tl.max(b_v, axis=1)
+    b_lane = tl.max(tl.where(b_v == b_top[:, None], o_lane, 0), axis=1)
+    here = o_lane == b_lane[:, None]
+    return b_top, tl.sum(tl.where(here, b_k, 0), axis=1), tl.where(here, float("-inf"), b_v)
 
 
 @triton.jit
 def refine_kernel(
-    tokens, codes, inverse, shift, code_scale, tile_scale, norm, half_sq, length, mean_sq, values, groups,
-    indices, open_list, open_line, open_count,
-    N, N_pad, K, S, s_h, s_n, c_h, c_k,
-    D: tl.constexpr, BT: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr,
+    tokens, codes, inverse, shift, code_scale, tile_scale, tile_weight, norm, bias, half_sq, length, mean_sq,
+    best, rest, winner, indices, open_list, open_line, open_count,
+    N, N_pad, K, K_bias, S, s_h, s_n, c_h, c_k,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
     SHIFT: tl.constexpr, WIDE_X: tl.constexpr, WIDE_E: tl.constexpr, UNIT: tl.constexpr, CERTIFIED: tl.constexpr,
-    E: tl.constexpr, UNIT_ERROR: tl.constexpr, ORACLE: tl.constexpr, UP: tl.constexpr,
+    SLACK: tl.constexpr, BIAS_ERROR: tl.constexpr, E: tl.constexpr, UNIT_ERROR: tl.constexpr,
+    ORACLE: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """One program proves or passes on BT tokens of one head.
 
-    Writes the index of a proved token, -1 for a token with NaN or Inf, and appends the rest to the open list.
+    Writes the index of a proved token, -1 for a token with NaN or Inf, and appends the rest to the open list. Codes and
+    tokens are read only for the few tokens whose best code is not proved by the bounds alone.
     """
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
     m_t = o_t < N
+    o_lane = tl.arange(0, LANES)[None, :]
     b_v1 = tl.full([BT], float("-inf"), tl.float32)
     b_v2 = b_v1
-    b_v3 = b_v1
-    b_g1 = tl.zeros([BT], tl.int32)
-    b_g2 = b_g1
-    p_v = values + i_h * 3 * N_pad + o_t
-    p_g = groups + i_h * 2 * N_pad + o_t
-    plane = tl.num_programs(1).to(tl.int64) * N_pad
+    b_rest = b_v1
+    b_k1 = tl.zeros([BT], tl.int32)
+    b_k2 = b_k1
+    o_bin = (i_h * N_pad + o_t[:, None]) * S * LANES + o_lane
     for _ in range(S):
-        a1, a2, a3 = tl.load(p_v), tl.load(p_v + N_pad), tl.load(p_v + 2 * N_pad)
-        h1, h2 = tl.load(p_g), tl.load(p_g + N_pad)
+        b_v, b_k = tl.load(best + o_bin), tl.load(winner + o_bin)  # [BT, LANES]
+        a1, h1, b_v = take_largest(b_v, b_k, o_lane)
+        a2, h2, b_v = take_largest(b_v, b_k, o_lane)
+        a3 = tl.maximum(tl.max(tl.load(rest + o_bin), axis=1), tl.max(b_v, axis=1))
         wins = a1 > b_v1
-        # The loser of the two firsts against the second of the winner; the rest goes into the bound.
-        x, gx = tl.where(wins, b_v1, a1), tl.where(wins, b_g1, h1)
-        y, gy = tl.where(wins, a2, b_v2), tl.where(wins, h2, b_g2)
-        b_v3 = tl.maximum(tl.maximum(b_v3, a3), tl.maximum(tl.minimum(x, y), tl.where(wins, b_v2, a2)))
-        b_v1, b_g1 = tl.where(wins, a1, b_v1), tl.where(wins, h1, b_g1)
-        b_v2, b_g2 = tl.maximum(x, y), tl.where(y > x, gy, gx)
-        p_v += plane * 3
-        p_g += plane * 2
+        # The loser of the two firsts against the second of the winner; what is left goes into the rest.
+        x, kx = tl.where(wins, b_v1, a1), tl.where(wins, b_k1, h1)
+        y, ky = tl.where(wins, a2, b_v2), tl.where(wins, h2, b_k2)
+        b_rest = tl.maximum(tl.maximum(b_rest, a3), tl.maximum(tl.minimum(x, y), tl.where(wins, b_v2, a2)))
+        b_v1, b_k1 = tl.where(wins, a1, b_v1), tl.where(wins, h1, b_k1)
+        b_v2, b_k2 = tl.maximum(x, y), tl.where(y > x, ky, kx)
+        o_bin += LANES
 
     b_X = tl.load(norm + i_h * N_pad + o_t)
     b_finite = b_X == b_X
     m_in = m_t & (b_X < float("inf"))
-    b_scale = tl.load(tile_scale + (i_h * N_pad + o_t) // TILE)
+    i_tile = (i_h * N_pad + o_t) // TILE
+    b_scale = tl.load(tile_scale + i_tile)
     b_code_scale = tl.load(code_scale + i_h)
     b_c = ratio(b_scale, b_code_scale)
-    b_cM = b_c * tl.load(mean_sq + i_h)
+    b_M = tl.load(mean_sq + i_h)
+    b_cM = b_c * b_M
     b_eta = ORACLE * b_X * b_X / b_c if SHIFT else b_X * 0.0
 
-    b_low, b_high, o_k = group_bounds(
-        tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_in, b_g1, b_scale, b_code_scale, b_c, b_X,
-        K, s_h, s_n, c_h, c_k, D, BT, G, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
-    )  # fmt: skip
-    b_best, b_code, b_other, b_all = winner(b_low, b_high, o_k)
-    b_line = b_best + b_cM - (tl.abs(b_best) + b_cM) * (UP - 1.0) - b_eta
+    # The bound of the best code, less all that it can exceed its score by.
+    b_G = tl.load(bias + (i_h * K_bias + b_k1) * 2 + 1, mask=m_in, other=0.0)
+    b_slack = SLACK * tl.load(tile_weight + i_tile) * b_G
+    if SHIFT:
+        b_slack += BIAS_ERROR * b_c * (0.5 * b_G * b_G + b_M)
+    b_best = b_v1 - b_cM - b_slack - (tl.abs(b_v1) + b_cM) * (UP - 1.0)
+    b_line = below(b_best, b_cM, b_eta, UP)
     # Below zero int32 order is not float order, so the line itself has to be above.
-    m_second = m_in & ((b_v2 >= b_line) | (b_line <= 0.0))
-    if tl.max(m_second.to(tl.int32), axis=0) > 0:
-        b_low, b_high, o_k = group_bounds(
-            tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_second, b_g2, b_scale, b_code_scale, b_c, b_X,
-            K, s_h, s_n, c_h, c_k, D, BT, G, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
+    proved = m_in & (b_line > 0.0) & (b_v2 < b_line) & (b_rest < b_line)
+    b_code = b_k1
+    m_two = m_in & (~proved)
+    if tl.max(m_two.to(tl.int32), axis=0) > 0:
+        low1, high1 = code_bounds(
+            tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_two, b_k1.to(tl.int64)[:, None],
+            b_scale, b_code_scale, b_c, b_X, K, s_h, s_n, c_h, c_k,
+            D, BT, 1, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
         )  # fmt: skip
-        b_best2, b_code2, b_other2, b_all2 = winner(b_low, b_high, o_k)
-        wins = b_best2 > b_best
-        b_other = tl.where(wins, tl.maximum(b_other2, b_all), tl.maximum(b_other, b_all2))
-        b_code = tl.where(wins, b_code2, b_code)
-        b_best = tl.maximum(b_best, b_best2)
-        b_line = b_best + b_cM - (tl.abs(b_best) + b_cM) * (UP - 1.0) - b_eta
-    proved = m_in & (b_line > 0.0) & (b_v3 < b_line) & (b_other < b_best - tl.abs(b_best) * (UP - 1.0) - b_eta)
+        low2, high2 = code_bounds(
+            tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_two & (b_v2 > float("-inf")),
+            b_k2.to(tl.int64)[:, None], b_scale, b_code_scale, b_c, b_X, K, s_h, s_n, c_h, c_k,
+            D, BT, 1, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
+        )  # fmt: skip
+        low1, high1 = tl.reshape(low1, [BT]), tl.reshape(high1, [BT])
+        low2, high2 = tl.reshape(low2, [BT]), tl.reshape(high2, [BT])
+        wins = low2 > low1
+        b_best = tl.where(m_two, tl.maximum(low1, low2), b_best)
+        b_other = tl.where(wins, high1, high2)
+        b_line = below(b_best, b_cM, b_eta, UP)
+        settled = m_two & (b_line > 0.0) & (b_rest < b_line)
+        settled &= b_other < b_best - tl.abs(b_best) * (UP - 1.0) - b_eta
+        b_code = tl.where(m_two & wins, b_k2, b_code)
+        proved |= settled
     if not CERTIFIED:
         proved = proved & False
-    tl.store(indices + i_h * N + o_t, tl.where(proved, b_code, -1), mask=m_t)
+    tl.store(indices + i_h * N + o_t, tl.where(proved, b_code, -1).to(tl.int64), mask=m_t)
 
     b_open = (m_t & b_finite & (~proved)).to(tl.int32)
     count = tl.sum(b_open, axis=0)
@@ -131,40 +155,41 @@ def refine_kernel(
         base = tl.atomic_add(open_count, count)
         o_list = base + tl.cumsum(b_open, axis=0) - 1
         tl.store(open_list + o_list, i_h * N + o_t, mask=b_open > 0)
-        tl.store(open_line + o_list, b_best, mask=b_open > 0)
+        tl.store(open_line + o_list, tl.where(m_in, b_best, float("-inf")), mask=b_open > 0)
 
 
-def refine(
-    x: Tensor,
-    packed: PackedCodebook,
-    norm: Tensor,
-    tile_scale: Tensor,
-    values: Tensor,
-    groups: Tensor,
-    *,
-    block_t: int = 16,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices [H, N] int64 where proved, and the list of open tokens.
+@dataclass(frozen=True)
+class Open:
+    """Tokens still open: tokens [H N] int64, the best lower bound of each [H N] fp32, how many there are [1] int32."""
 
-    The list: tokens [H N] int64, the best lower bound of each [H N] fp32, and how many there are [1] int32.
-    """
+    tokens: Tensor
+    line: Tensor
+    count: Tensor
+
+
+def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins: Bins) -> tuple[Tensor, Open]:
+    """Indices [H, N] int64 where proved, and what is open."""
     H, N, D = x.shape
-    S, _, _, N_pad = values.shape
     K = packed.codes.shape[1]
     indices = torch.empty(H, N, dtype=torch.int64, device=x.device)
-    open_list = torch.empty(H * N, dtype=torch.int64, device=x.device)
-    open_line = torch.empty(H * N, dtype=torch.float32, device=x.device)
-    open_count = torch.zeros(1, dtype=torch.int32, device=x.device)
-    BD = min(max(8, triton.next_power_of_2(D)), 32)
+    left = Open(
+        torch.empty(H * N, dtype=torch.int64, device=x.device),
+        torch.empty(H * N, dtype=torch.float32, device=x.device),
+        torch.zeros(1, dtype=torch.int32, device=x.device),
+    )
+    DP = packed_tokens.rows.shape[2]
+    block_t = 64
     refine_kernel[(triton.cdiv(N, block_t), H)](
-        x, packed.codes, packed.inverse, packed.shift, packed.scale, tile_scale, norm, packed.half_sq, packed.length,
-        packed.mean_sq, values, groups, indices, open_list, open_line, open_count,
-        N, N_pad, K, S, x.stride(0), x.stride(1), packed.codes.stride(0), packed.codes.stride(1),
-        D=D, BT=block_t, G=packed.config.group, BD=BD, TILE=TOKEN_TILE,
+        x, packed.codes, packed.inverse, packed.shift, packed.scale, packed_tokens.scale, packed_tokens.weight,
+        packed_tokens.norm, packed.bias, packed.half_sq, packed.length, packed.mean_sq,
+        bins.best, bins.rest, bins.winner, indices, left.tokens, left.line, left.count,
+        N, packed_tokens.norm.shape[1], K, packed.bias.shape[1], bins.ranges,
+        x.stride(0), x.stride(1), packed.codes.stride(0), packed.codes.stride(1),
+        D=D, BT=block_t, BD=min(max(8, triton.next_power_of_2(D)), 32), LANES=packed.config.lanes, TILE=TOKEN_TILE,
         SHIFT=packed.metric == "euclidean", WIDE_X=x.dtype == torch.float64,
         WIDE_E=packed.codes.dtype == torch.float64, UNIT=packed.metric == "cosine",
-        CERTIFIED=D <= bounds.MAX_CERTIFIED_D, E=bounds.refinement(D, 32) * bounds.UP,
+        CERTIFIED=D <= bounds.MAX_CERTIFIED_D, SLACK=(2.0 + bounds.accumulation(DP)) * bounds.UP,
+        BIAS_ERROR=4.0 * bounds.bias_error(D, DP) * bounds.UP, E=bounds.refinement(D, 32) * bounds.UP,
         UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0, ORACLE=2 * bounds.ORACLE, UP=bounds.UP,
-        num_warps=packed.config.refine_warps,  # with 4 a thread holds 255 registers
     )  # fmt: skip
-    return indices, open_list, open_line, open_count
+    return indices, left

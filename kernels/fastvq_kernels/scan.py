@@ -1,4 +1,6 @@
-"""The scan: fp16 tensor-core upper bounds of all codes, of which only the best groups per token are kept."""
+"""The scan: fp16 tensor-core upper bounds of all codes, of which only the best code of each bin is kept."""
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -8,26 +10,71 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import TOKEN_TILE
 from .pack import PackedCodebook
-from .tokens import ratio
+from .tokens import PackedTokens, ratio
+
+
+@triton.jit
+def four(u):
+    """The quarters of u [A, B, C, 2, 2]: four [A, B, C], without a move between registers."""
+    even, odd = tl.split(u)
+    u00, u10 = tl.split(even)
+    u01, u11 = tl.split(odd)
+    return u00, u01, u10, u11
+
+
+@triton.jit
+def max3(a, b, c, ASM: tl.constexpr):
+    """The largest of three, one instruction on sm_90: the assembler joins two integer maxima that stand together.
+
+    Left to itself it joins as many as its schedule allows, from half to nine tenths of them, and every
+    change elsewhere in the kernel moves that.
+    """
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .s32 t; max.s32 t, $1, $2; max.s32 $0, t, $3; }",
+            "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return tl.maximum(tl.maximum(a, b), c)
+
+
+@triton.jit
+def row_max(u, BM: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr):
+    """Maxima [BM, LANES] of a row's eight places u [BM, LANES, 8]."""
+    u02, u13, u46, u57 = four(tl.reshape(u, [BM, LANES, 2, 2, 2]))
+    a, b = tl.split(u02)
+    c, d = tl.split(u13)
+    e, f = tl.split(u46)
+    g, h = tl.split(u57)
+    return tl.maximum(max3(max3(max3(a, b, c, ASM), d, e, ASM), f, g, ASM), h)
+
+
+@triton.jit
+def code_at(step, member, lane, BN: tl.constexpr, LANES: tl.constexpr):
+    """The code that thread `lane` meets in `step` as `member` (eight times the row, plus the place) of its columns."""
+    place = member % 8
+    return step * BN + (member // 8) * (8 * LANES) + (place // 2) * (2 * LANES) + 2 * lane + place % 2
 
 
 @triton.jit
 def scan_kernel(
-    tokens, codes, bias, tile_scale, tile_weight, code_scale, values, groups,
+    tokens, codes, bias, tile_scale, tile_weight, code_scale, best, rest, winner,
     N_pad, KP, H, steps_per_split,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
-    TILE: tl.constexpr, INT_MAX: tl.constexpr, TMA: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    INT_MAX: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program scans one range of codes for BM tokens of one head.
 
-    Writes per token the upper bounds of the best group, of the best group of any other slot and of everything else
-    (values [S, H, 3, N_pad]) and the first two groups' ids (groups [S, H, 2, N_pad]). A slot is what one thread sees of
-    a token: one of LANES column pairs, one block of 2 LANES PAIRS columns. It keeps its best group with the
-    step, and the value alone of its second: the two best groups of a token share a slot only once in BN / (2 PAIRS)
-    times, and then the bound says so. Never writes anything of size tokens x codes, and masks nothing: padding has a
-    bias of -inf.
+    A bin is what one thread sees of a token in one range: in every step, one or four rows of eight codes. Writes for
+    each bin the largest upper bound of a score, the code it belongs to, and the largest of all other codes in
+    the bin (best, winner and rest [H, N_pad, S, LANES]). Never writes anything of size tokens x codes, and masks
+    nothing: padding has a bias of -inf.
+
+    The code is found without an index per pair. Maxima are kept over three partitions of the bin: by step, by row
+    and by place in a row. The largest value names one class of each, and the three meet in one code; every other
+    code lies outside one of them, so the largest maximum among the other classes is that of all other codes.
     """
-    NB: tl.constexpr = BN // (2 * LANES * PAIRS)
+    ROWS: tl.constexpr = BN // (8 * LANES)
+    tl.static_assert(ROWS == 1 or ROWS == 4)
     i_m, i_s, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = (i_h * N_pad + i_m * BM).to(tl.int32)
     i_tile = (i_h * N_pad + i_m * BM) // TILE
@@ -44,18 +91,23 @@ def scan_kernel(
             b_xs = b_xs + (tokens.load([row, d]) if TMA else tl.load(p_x + o_x + d),)  # type: ignore[assignment]  # D / BD times [BM, BD]
 
     KIND: tl.constexpr = tl.int32 if INT_MAX else tl.float32
-    b_v1 = tl.full([BM, NB, LANES], float("-inf"), tl.float32).to(KIND, bitcast=True)
-    b_v2 = b_v1
-    b_t1 = tl.zeros([BM, NB, LANES], tl.int32)
+    b_step1 = tl.full([BM, LANES], float("-inf"), tl.float32).to(KIND, bitcast=True)  # best step and its number
+    b_step2 = b_step1  # second-best step
+    b_t = tl.zeros([BM, LANES], tl.int32)
+    b_row0, b_row1, b_row2, b_row3 = b_step1, b_step1, b_step1, b_step1
+    b_place = tl.full([BM, LANES, 8], float("-inf"), tl.float32).to(KIND, bitcast=True)
     first = (i_s * steps_per_split).to(tl.int32)
     last = tl.minimum(first + steps_per_split, KP // BN)
     col = (i_h * KP).to(tl.int32)
     p_e = codes if TMA else codes + (i_h * KP + first * BN) * D
+    p_bias = bias + (i_h * (KP + BN) + first * BN + tl.arange(0, BN)[:, None]) * 2 + o_two[None, :]
+    b_next = tl.load(p_bias)  # [BN, 2], one step ahead in registers: through shared memory costs 0.06 slots
     for t in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
-        o_n = i_h * KP + t * BN + tl.arange(0, BN)
         # As a reduction: one product per code and program, shared through shared memory. As c B + w G the
         # compiler would repeat both products in every thread that owns the column (0.6 slots per pair).
-        b_bias = tl.sum(tl.load(bias + o_n[:, None] * 2 + o_two[None, :]) * b_two[None, :], axis=1)  # [BN]
+        b_bias = tl.sum(b_next * b_two[None, :], axis=1)  # [BN]
+        p_bias += 2 * BN
+        b_next = tl.load(p_bias)
         b_u = tl.zeros([BM, BN], tl.float32)
         if BD < D:  # one product: added after it, which the compiler turns into the accumulator's start
             b_u += b_bias[None, :]
@@ -72,71 +124,99 @@ def scan_kernel(
             b_u += b_bias[None, :]
         if not TMA:
             p_e += BN * D
-        b_u = b_u.to(KIND, bitcast=True)
-        # [BM, NB, LANES, 2 PAIRS]: the reduced axis as one chain, which the assembler folds into three-input maxima.
-        b_u = tl.permute(tl.reshape(b_u, [BM, NB, PAIRS, LANES, 2]), [0, 1, 3, 2, 4])
-        b_u = tl.reshape(b_u, [BM, NB, LANES, 2 * PAIRS])
-        b_g = tl.max(b_u, axis=3)  # [BM, NB, LANES]
-        b_v2 = tl.maximum(b_v2, tl.minimum(b_v1, b_g))
-        b_t1 = tl.where(b_g > b_v1, t, b_t1)
-        b_v1 = tl.maximum(b_v1, b_g)
+        # Column 8 LANES n + 2 LANES j + 2 q + r is thread q's, in row n at place 2 j + r.
+        b_u = tl.reshape(b_u.to(KIND, bitcast=True), [BM, ROWS, 4, LANES, 2])
+        b_u = tl.permute(b_u, [0, 3, 2, 4, 1])  # [BM, LANES, 4, 2, ROWS]
+        if ROWS == 1:
+            b_u = tl.reshape(b_u, [BM, LANES, 8])
+            b_place = tl.maximum(b_place, b_u)
+            b_m = row_max(b_u, BM, LANES, ASM)
+        else:
+            u0, u1, u2, u3 = four(tl.reshape(b_u, [BM, LANES, 8, 2, 2]))  # [BM, LANES, 8] each
+            b_place = max3(max3(b_place, u0, u1, ASM), u2, u3, ASM)
+            m0, m1 = row_max(u0, BM, LANES, ASM), row_max(u1, BM, LANES, ASM)  # [BM, LANES]
+            m2, m3 = row_max(u2, BM, LANES, ASM), row_max(u3, BM, LANES, ASM)
+            b_row0, b_row1 = tl.maximum(b_row0, m0), tl.maximum(b_row1, m1)
+            b_row2, b_row3 = tl.maximum(b_row2, m2), tl.maximum(b_row3, m3)
+            b_m = tl.maximum(max3(m0, m1, m2, ASM), m3)
+        b_step2 = tl.maximum(b_step2, tl.minimum(b_step1, b_m))
+        b_t = tl.where(b_m > b_step1, t, b_t)
+        b_step1 = tl.maximum(b_step1, b_m)
 
-    SLOTS: tl.constexpr = NB * LANES
-    o_slot = tl.arange(0, SLOTS)[None, :]
-    b_v1 = tl.reshape(b_v1, [BM, SLOTS])
-    b_second = tl.max(tl.reshape(b_v2, [BM, SLOTS]), axis=1)  # [BM]
-    b_t1 = tl.reshape(b_t1, [BM, SLOTS])
-    o_out = i_m * BM + tl.arange(0, BM)
-    p_values = values + (i_s * H + i_h) * 3 * N_pad + o_out
-    p_groups = groups + (i_s * H + i_h) * 2 * N_pad + o_out
-    nothing = tl.full([BM, SLOTS], float("-inf"), tl.float32).to(KIND, bitcast=True)
-    for rank in tl.static_range(2):
-        b_top = tl.max(b_v1, axis=1)
-        b_slot = tl.max(tl.where(b_v1 == b_top[:, None], o_slot, 0), axis=1)  # [BM]
-        b_hit = o_slot == b_slot[:, None]
-        b_step = tl.sum(tl.where(b_hit, b_t1, 0), axis=1)
-        tl.store(p_values + rank * N_pad, b_top.to(tl.float32, bitcast=True))
-        tl.store(p_groups + rank * N_pad, b_step * SLOTS + b_slot)
-        b_v1 = tl.where(b_hit, nothing, b_v1)
-    b_rest = tl.maximum(b_second, tl.max(b_v1, axis=1))
-    tl.store(p_values + 2 * N_pad, b_rest.to(tl.float32, bitcast=True))
+    nothing = tl.full([], float("-inf"), tl.float32).to(KIND, bitcast=True)
+    o_place = tl.arange(0, 8)[None, None, :]
+    b_p = tl.max(tl.where(b_place == b_step1[:, :, None], o_place, 0), axis=2)  # [BM, LANES]
+    b_rest = tl.max(tl.where(o_place == b_p[:, :, None], nothing, b_place), axis=2)
+    b_rest = tl.maximum(b_rest, b_step2)
+    b_n = tl.zeros([BM, LANES], tl.int32)
+    if ROWS == 4:
+        b_n = tl.where(b_row1 == b_step1, 1, tl.where(b_row2 == b_step1, 2, tl.where(b_row3 == b_step1, 3, 0)))
+        # The second largest of four.
+        b_high = tl.minimum(tl.maximum(b_row0, b_row1), tl.maximum(b_row2, b_row3))
+        b_low = tl.maximum(tl.minimum(b_row0, b_row1), tl.minimum(b_row2, b_row3))
+        b_rest = tl.maximum(b_rest, tl.maximum(b_high, b_low))
+    o_lane = tl.arange(0, LANES)[None, :]
+    b_code = code_at(b_t, 8 * b_n + b_p, o_lane, BN, LANES)
+    bins = tl.num_programs(1).to(tl.int64) * LANES
+    o_out = (i_h * N_pad + i_m * BM + tl.arange(0, BM)[:, None]) * bins + i_s * LANES + o_lane
+    tl.store(best + o_out, b_step1.to(tl.float32, bitcast=True))
+    tl.store(rest + o_out, b_rest.to(tl.float32, bitcast=True))
+    tl.store(winner + o_out, b_code)
 
 
-def splits(programs: int, steps: int, device: torch.device) -> int:
-    """Ranges of codes per token tile: enough programs to fill the device twice, at least 4 steps each."""
+@dataclass(frozen=True)
+class Bins:
+    """What the scan found out: `ranges` S of `steps` tiles of codes, each in LANES bins per token.
+
+    best, rest  [H, N_pad, S, LANES]  fp32: largest upper bound S_k + c M of a bin, and the largest but that one
+    winner      [H, N_pad, S, LANES]  int32: the code of the largest
+    """
+
+    best: Tensor
+    rest: Tensor
+    winner: Tensor
+    steps: int
+
+    @property
+    def ranges(self) -> int:
+        """S."""
+        return self.best.shape[2]
+
+
+def splits(programs: int, steps: int, lanes: int, device: torch.device) -> int:
+    """Ranges of codes per token tile.
+
+    Enough programs to fill the device twice, at least 4 steps each. And 16 bins, from 16 steps each: where the two
+    best codes of a token share a bin, the second is not known.
+    """
     if device.type != "cuda":
         return min(2, steps)  # the interpreter takes the same path
     units = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(steps // 4, 2 * units // programs))
+    filled = min(steps // 4, 2 * units // programs)
+    return max(1, filled, min(steps // 16, 16 // lanes))
 
 
-def scan(
-    packed: PackedCodebook, half: Tensor, tile_scale: Tensor, tile_weight: Tensor, n: int
-) -> tuple[Tensor, Tensor]:
-    """Values [S, H, 3, N_pad] fp32 and groups [S, H, 2, N_pad] int32 for the first n tokens of half [H, N_pad, DP].
-
-    What lies beyond the tiles of these tokens stays unwritten.
-    """
+def scan(tokens: PackedTokens, n: int, packed: PackedCodebook) -> Bins:
+    """Bins of the first n tokens of each head; what lies beyond their tiles stays unwritten."""
     config = packed.config
-    H, N_pad, DP = half.shape
+    H, N_pad, DP = tokens.rows.shape
     KP = packed.half.shape[1]
     BD = config.block_d
     BM, BN = config.block_m, config.block_n
     steps = KP // BN
     tiles = triton.cdiv(n, BM)
-    S = splits(H * tiles, steps, half.device)
-    per_split = triton.cdiv(steps, S)
+    per_split = triton.cdiv(steps, splits(H * tiles, steps, config.lanes, tokens.rows.device))
     S = triton.cdiv(steps, per_split)
-    values = torch.empty(S, H, 3, N_pad, dtype=torch.float32, device=half.device)
-    groups = torch.empty(S, H, 2, N_pad, dtype=torch.int32, device=half.device)
-    tokens, codes = half.view(H * N_pad, DP), packed.half.view(H * KP, DP)
+    best = torch.empty(H, N_pad, S, config.lanes, dtype=torch.float32, device=tokens.rows.device)
+    rest, winner = torch.empty_like(best), torch.empty_like(best, dtype=torch.int32)
+    rows, codes = tokens.rows.view(H * N_pad, DP), packed.half.view(H * KP, DP)
     if config.tma:
-        tokens, codes = TensorDescriptor.from_tensor(tokens, [BM, BD]), TensorDescriptor.from_tensor(codes, [BN, BD])
+        rows, codes = TensorDescriptor.from_tensor(rows, [BM, BD]), TensorDescriptor.from_tensor(codes, [BN, BD])
     scan_kernel[(tiles, S, H)](
-        tokens, codes, packed.bias, tile_scale, tile_weight, packed.scale, values, groups,
+        rows, codes, packed.bias, tokens.scale, tokens.weight, packed.scale, best, rest, winner,
         N_pad, KP, H, per_split,
-        D=DP, BD=BD, BM=BM, BN=BN, PAIRS=config.pairs, LANES=config.lanes, TILE=TOKEN_TILE,
-        INT_MAX=config.int_max, TMA=config.tma, RESIDENT=config.resident,
-        STAGES=config.num_stages, num_warps=config.num_warps,
+        D=DP, BD=BD, BM=BM, BN=BN, LANES=config.lanes, TILE=TOKEN_TILE,
+        INT_MAX=config.int_max, ASM=config.int_max and tokens.rows.is_cuda, TMA=config.tma,
+        RESIDENT=config.resident, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
-    return values, groups
+    return Bins(best, rest, winner, per_split)

@@ -30,8 +30,8 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
 
 def certified_search(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor]:
     """Indices ``[H, N]`` int64 of ``x [H, N, D]``, and how many tokens had to be settled, ``[1]`` int32."""
-    half, norm, tile_scale, tile_weight = pack_tokens(x, packed)
-    values, groups = scan(packed, half, tile_scale, tile_weight, x.shape[1])
-    indices, open_list, open_line, open_count = refine(x, packed, norm, tile_scale, values, groups)
-    settle(x, packed, tile_scale, norm, indices, open_list, open_line, open_count)
-    return indices, open_count
+    tokens = pack_tokens(x, packed)
+    bins = scan(tokens, x.shape[1], packed)
+    indices, left = refine(x, packed, tokens, bins)
+    settle(x, packed, tokens, bins, left, indices)
+    return indices, left.count

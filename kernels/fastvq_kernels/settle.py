@@ -1,4 +1,4 @@
-"""The last word for the tokens still open: fp32 bounds pick the codes that can win, float64 decides among them."""
+"""The last word for the tokens still open: the bins that can hold the winner again, in float64 where it is needed."""
 
 import torch
 import triton
@@ -8,21 +8,29 @@ from torch import Tensor
 from . import bounds
 from .configs import TOKEN_TILE
 from .pack import PackedCodebook
-from .refine import group_bounds
-from .tokens import ratio
+from .refine import Open, below, code_bounds
+from .scan import Bins, code_at
+from .tokens import PackedTokens, ratio
 
-# The first LEAD open tokens are shared out in SHARES ranges of codes each: few open tokens would otherwise be
-# settled by as many programs, each walking through the whole codebook, on an idle device.
+# The first LEAD open tokens are shared out in SHARES parts each: few open tokens would otherwise be
+# settled by as many programs on an idle device.
 LEAD = 4096
-SHARES = 16
+SHARES = 8
+
+
+def block_k(d: int) -> int:
+    """Codes evaluated at a time: 64, which does not spill, or 128 of a few columns, where 64 do."""
+    return 128 if d <= 8 else 64
 
 
 @triton.jit
 def exact_best(
-    p_x, p_e, norms, o_k, m_k, b_finite, best, code, D,
+    p_x, codes, norms, half_sq, o_k, m_k, best, code, c_k, D,
     METRIC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Update (best, code) with the oracle's float64 values of BK codes: ascending j, every operation rounded."""
+    """Update (best, code) with the oracle's float64 values of BK codes o_k: ascending j, every operation rounded."""
+    p_e = codes + o_k * c_k
+    b_finite = m_k & (tl.load(half_sq + o_k, mask=m_k, other=float("inf")) < float("inf"))
     b_value = tl.zeros([BK], tl.float64)
     for j in range(D):
         b_e = tl.load(p_e + j, mask=m_k, other=0.0).to(tl.float64)  # [BK]
@@ -40,39 +48,38 @@ def exact_best(
     b_value = tl.where(b_finite, b_value, float("inf"))
     low = tl.min(b_value, axis=0)
     at = tl.min(tl.where(b_finite & (b_value == low), o_k, 1 << 60), axis=0)
-    # Codes come in ascending order, so a later one has to be strictly better.
-    better = (at < (1 << 60)) & ((low < best) | (code < 0))
+    better = (at < (1 << 60)) & ((low < best) | (code < 0) | ((low == best) & (at < code)))
     return tl.where(better, low, best), tl.where(better, at, code)
 
 
 @triton.jit
 def settle_kernel(
-    tokens, codes, inverse, norms, shift, code_scale, tile_scale, norm, half_sq, length,
-    indices, open_list, open_line, open_count, values, winners,
-    N, N_pad, K, width, s_h, s_n, c_h, c_k,
+    tokens, codes, inverse, norms, shift, code_scale, tile_scale, norm, half_sq, length, mean_sq,
+    best_bounds, rest_bounds, winners_of_bins, indices, open_list, open_line, open_count, values, winners,
+    N, N_pad, K, width, S, steps, all_steps, s_h, s_n, c_h, c_k,
     LEAD: tl.constexpr, SHARES: tl.constexpr, METRIC: tl.constexpr,
-    D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
     WIDE_X: tl.constexpr, WIDE_E: tl.constexpr, CERTIFIED: tl.constexpr,
     E: tl.constexpr, UNIT_ERROR: tl.constexpr, ORACLE: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks over the work with the stride of the grid: one token and all codes, or one share of them.
+    """Each program walks over the work with the stride of the grid: one token, or one share of it.
 
     Writes the index, or for the first LEAD tokens the value and code of each share (values, winners [LEAD, SHARES]).
-    The count is read here, on the device. BK codes are evaluated in float64 only if the fp32 bound of one of them
-    reaches the best lower bound so far, first the one the refinement left; a token or code outside the range
-    of fp32 has an infinite bound and always is.
+    The count is read here, on the device. A bin whose codes but one are below the line has that one evaluated in
+    float64. Where more reach it the bin is walked through, and BK codes are evaluated in float64 only if the fp32 bound
+    of one of them reaches the best lower bound so far, first the one the refinement left; a token or code outside the
+    range of fp32 has an infinite bound and always is.
     """
     SHIFT: tl.constexpr = METRIC == "euclidean"
     UNIT: tl.constexpr = METRIC == "cosine"
+    MEMBERS: tl.constexpr = BN // LANES  # codes of a bin in one step
+    o_lane = tl.arange(0, LANES)
     n_open = tl.load(open_count)
     n_lead = tl.minimum(n_open, LEAD)
-    steps = tl.cdiv(K, BK)
     for work in range(tl.program_id(0), n_open + n_lead * (SHARES - 1), tl.num_programs(0)):
         shared = work < n_lead * SHARES
         i = tl.where(shared, work // SHARES, work - n_lead * (SHARES - 1))
-        share = work % SHARES
-        first = tl.where(shared, share * steps // SHARES, 0)
-        last = tl.where(shared, (share + 1) * steps // SHARES, steps)
+        stride = tl.where(shared, SHARES, 1)
         token = tl.load(open_list + i)
         i_h = token // N
         o_t = token % N + tl.arange(0, 1)  # [1]
@@ -81,28 +88,52 @@ def settle_kernel(
         b_scale = tl.load(tile_scale + (i_h * N_pad + o_t) // TILE)
         b_code_scale = tl.load(code_scale + i_h)
         b_c = ratio(b_scale, b_code_scale)
+        b_cM = b_c * tl.load(mean_sq + i_h)
         b_X = tl.load(norm + i_h * N_pad + o_t)
-        eta = tl.sum(ORACLE * b_X * b_X / b_c if SHIFT else b_X * 0.0, axis=0)
+        b_eta = ORACLE * b_X * b_X / b_c if SHIFT else b_X * 0.0
+        eta = tl.sum(b_eta, axis=0)
         line = tl.load(open_line + i)
+        cut = tl.sum(below(line + tl.zeros([1], tl.float32), b_cM, b_eta, UP), axis=0)
+        # Below zero int32 order is not float order: then every bin is walked.
+        cut = tl.where(cut > 0.0, cut, float("-inf"))
+        if not CERTIFIED:
+            cut = tl.full([], float("-inf"), tl.float32)
         best = tl.full([], float("inf"), tl.float64)
         code = tl.full([], -1, tl.int64)
-        for t in range(first, last):
-            b_low, b_high, o_k = group_bounds(
-                tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_t, t + tl.zeros([1], tl.int32),
-                b_scale, b_code_scale, b_c, b_X, K, s_h, s_n, c_h, c_k,
-                D, 1, BK, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
-            )  # fmt: skip
-            o_k = tl.reshape(o_k, [BK])
-            m_k = o_k < K
-            b_finite = m_k & (tl.load(half_sq + i_h * K + o_k, mask=m_k, other=float("inf")) < float("inf"))
-            high = tl.max(tl.max(b_high, axis=1), axis=0)
-            # Written so that NaN counts as reaching.
-            if (~(high + tl.abs(high) * (UP - 1.0) + eta < line)) | (not CERTIFIED):
+        for s in range(S):
+            o_bin = ((i_h * N_pad + token % N) * S + s) * LANES + o_lane
+            b_walk = ~(tl.load(rest_bounds + o_bin) < cut)  # [LANES]; NaN counts as reaching
+            b_one = (~(tl.load(best_bounds + o_bin) < cut)) & (~b_walk)
+            b_k = tl.load(winners_of_bins + o_bin).to(tl.int64)
+            if tl.max(b_one.to(tl.int32), axis=0) > 0:
                 best, code = exact_best(
-                    p_x, codes + i_h * c_h + o_k * c_k, norms + i_h * K, o_k, m_k, b_finite, best, code, width,
-                    METRIC, BK,
+                    p_x, codes + i_h * c_h, norms + i_h * K, half_sq + i_h * K, b_k, b_one & (b_k < K),
+                    best, code, c_k, width, METRIC, LANES,
                 )  # fmt: skip
-            line = tl.maximum(line, tl.max(tl.max(b_low, axis=1), axis=0))
+            n_walk = tl.sum(b_walk.to(tl.int32), axis=0)
+            if n_walk > 0:
+                b_rank = tl.where(b_walk, tl.cumsum(b_walk.to(tl.int32), axis=0) - 1, LANES)
+                members = (tl.minimum(steps, all_steps - s * steps) * MEMBERS * n_walk).to(tl.int32)
+                chunks = tl.cdiv(members, BK)
+                # The chunks of all ranges are dealt out to the shares in turn.
+                for chunk in range((work + s * (SHARES - 1) * chunks) % stride, chunks, stride):
+                    o_m = chunk * BK + tl.arange(0, BK)
+                    o_n = o_m // n_walk
+                    b_lane = tl.sum(tl.where(b_rank[None, :] == (o_m % n_walk)[:, None], o_lane[None, :], 0), axis=1)
+                    o_k = code_at(s * steps + o_n // MEMBERS, o_n % MEMBERS, b_lane, BN, LANES).to(tl.int64)
+                    o_k = tl.where(o_m < members, o_k, K)  # [BK]
+                    b_low, b_high = code_bounds(
+                        tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_t, o_k[None, :],
+                        b_scale, b_code_scale, b_c, b_X, K, s_h, s_n, c_h, c_k,
+                        D, 1, BK, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
+                    )  # fmt: skip
+                    high = tl.max(tl.max(b_high, axis=1), axis=0)
+                    if (~(high + tl.abs(high) * (UP - 1.0) + eta < line)) | (not CERTIFIED):
+                        best, code = exact_best(
+                            p_x, codes + i_h * c_h, norms + i_h * K, half_sq + i_h * K, o_k, o_k < K,
+                            best, code, c_k, width, METRIC, BK,
+                        )  # fmt: skip
+                    line = tl.maximum(line, tl.max(tl.max(b_low, axis=1), axis=0))
         tl.store(values + work, best, mask=shared)
         tl.store(winners + work, code, mask=shared)
         tl.store(indices + token, code, mask=work >= n_lead * SHARES)
@@ -123,34 +154,30 @@ def merge_kernel(indices, open_list, open_count, values, winners, LEAD: tl.const
 
 
 def settle(
-    x: Tensor,
-    packed: PackedCodebook,
-    tile_scale: Tensor,
-    norm: Tensor,
-    indices: Tensor,
-    open_list: Tensor,
-    open_line: Tensor,
-    open_count: Tensor,
+    x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins: Bins, left: Open, indices: Tensor
 ) -> None:
-    """Complete indices [H, N] in place for the tokens of the open list."""
+    """Complete indices [H, N] in place for the tokens that are left open."""
     H, N, D = x.shape
-    codes = packed.codes
+    codes, config = packed.codes, packed.config
     cuda = x.device.type == "cuda"
     programs = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 1
     lead = min(LEAD, H * N)
     values = torch.empty(lead, SHARES, dtype=torch.float64, device=x.device)
     winners = torch.empty(lead, SHARES, dtype=torch.int64, device=x.device)
     settle_kernel[(programs,)](
-        x, codes, packed.inverse, packed.norms, packed.shift, packed.scale, tile_scale, norm, packed.half_sq,
-        packed.length, indices, open_list, open_line, open_count, values, winners,
-        N, norm.shape[1], codes.shape[1], D, x.stride(0), x.stride(1), codes.stride(0), codes.stride(1),
+        x, codes, packed.inverse, packed.norms, packed.shift, packed.scale, packed_tokens.scale,
+        packed_tokens.norm, packed.half_sq,
+        packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,
+        indices, left.tokens, left.line, left.count, values, winners,
+        N, packed_tokens.norm.shape[1], codes.shape[1], D, bins.ranges, bins.steps,
+        packed.half.shape[1] // config.block_n, x.stride(0), x.stride(1), codes.stride(0), codes.stride(1),
         LEAD=LEAD, SHARES=SHARES, METRIC=packed.metric,
-        D=D, BK=128, BD=min(max(8, triton.next_power_of_2(D)), 32), TILE=TOKEN_TILE,
-        WIDE_X=x.dtype == torch.float64, WIDE_E=codes.dtype == torch.float64,
+        D=D, BK=block_k(D), BD=min(max(8, triton.next_power_of_2(D)), 32), BN=config.block_n, LANES=config.lanes,
+        TILE=TOKEN_TILE, WIDE_X=x.dtype == torch.float64, WIDE_E=codes.dtype == torch.float64,
         CERTIFIED=D <= bounds.MAX_CERTIFIED_D, E=bounds.refinement(D, 32) * bounds.UP,
         UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0, ORACLE=2 * bounds.ORACLE, UP=bounds.UP,
         enable_fp_fusion=False,
     )  # fmt: skip
     merge_kernel[(min(programs, lead),)](
-        indices, open_list, open_count, values, winners, LEAD=LEAD, SHARES=SHARES, num_warps=1
+        indices, left.tokens, left.count, values, winners, LEAD=LEAD, SHARES=SHARES, num_warps=1
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,20 +117,33 @@ def pack_tokens_kernel(
     tl.store(norm + i_h * N_pad + o_t, tl.where(b_finite == 1, b_X, float("nan")))
 
 
-def pack_tokens(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pack x [H, N, D] for `packed`.
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens in the frame of one packed codebook.
 
-    Returns half [H, N_pad, DP] fp16, norm [H, N_pad] fp32, tile_scale and tile_weight [H, N_pad / TOKEN_TILE] fp32.
+    rows    [H, N_pad, DP]  fp16 x^, N_pad a multiple of TOKEN_TILE
+    norm    [H, N_pad]      fp32 X; NaN: not finite, inf: outside the range
+    scale   [H, N_pad / TOKEN_TILE]  fp32 2^a
+    weight  [H, N_pad / TOKEN_TILE]  fp32 w
     """
+
+    rows: Tensor
+    norm: Tensor
+    scale: Tensor
+    weight: Tensor
+
+
+def pack_tokens(x: Tensor, packed: PackedCodebook) -> PackedTokens:
+    """Pack x [H, N, D] for `packed`."""
     H, N, D = x.shape
     DP = packed.half.shape[-1]
     tiles = triton.cdiv(N, TOKEN_TILE)
-    half = torch.empty(H, tiles * TOKEN_TILE, DP, dtype=torch.float16, device=x.device)
+    rows = torch.empty(H, tiles * TOKEN_TILE, DP, dtype=torch.float16, device=x.device)
     norm = torch.empty(H, tiles * TOKEN_TILE, dtype=torch.float32, device=x.device)
-    tile_scale = torch.empty(H, tiles, dtype=torch.float32, device=x.device)
-    tile_weight = torch.empty_like(tile_scale)
+    scale = torch.empty(H, tiles, dtype=torch.float32, device=x.device)
+    weight = torch.empty_like(scale)
     pack_tokens_kernel[(tiles, H)](
-        x, packed.shift, packed.scale, half, norm, tile_scale, tile_weight,
+        x, packed.shift, packed.scale, rows, norm, scale, weight,
         N, tiles * TOKEN_TILE, x.stride(0), x.stride(1),
         D=D, DP=DP, BT=TOKEN_TILE, BD=min(DP, 32),
         SHIFT=packed.metric == "euclidean", WIDE=x.dtype == torch.float64, SPLIT=packed.split,
@@ -137,4 +151,4 @@ def pack_tokens(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor, Tens
         LAMBDA=bounds.balance(packed.split), TINY=bounds.TINY, UP=bounds.UP,
         num_warps=8,
     )  # fmt: skip
-    return half, norm, tile_scale, tile_weight
+    return PackedTokens(rows, norm, scale, weight)

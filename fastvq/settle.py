@@ -1,0 +1,44 @@
+"""The winner among a few candidates per token, by the oracle's own float64 arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq import reference
+
+# Pairs are settled in pieces of this many float64 values (8 MiB).
+_SETTLE_VALUES = 1 << 20
+
+
+def settle(x: Tensor, codebook: Tensor, owners: Tensor, candidates: Tensor, metric: str, out: Tensor) -> None:
+    """Write to ``out [N]`` the winner of every token that has candidates: the lowest of those with the best score.
+
+    Args:
+        x: tokens ``[N, D]``.
+        codebook: codes ``[K, D]``.
+        owners: row of ``x`` of each pair, int64 ``[pairs]``, in any order.
+        candidates: code of each pair, int64 ``[pairs]``.
+        metric: as in :func:`fastvq.reference.nearest_code`.
+        out: int64 ``[N]``; the other tokens' entries stay.
+    """
+    step = max(1, _SETTLE_VALUES // x.shape[1])
+    pieces = zip(owners.split(step), candidates.split(step), strict=True)
+    score = torch.cat([_pair_score(x[tokens], codebook[codes], metric) for tokens, codes in pieces])
+    best = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+    best.scatter_reduce_(0, owners, score, "amax")
+    winners = score == best[owners]
+    out.scatter_reduce_(0, owners[winners], candidates[winners], "amin", include_self=False)
+
+
+def _pair_score(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
+    """:func:`fastvq.reference.pair_score` of rows. A running sum adds in ascending order, in one call on the CPU."""
+    tokens, codes = tokens.double(), codes.double()
+    if tokens.device.type != "cpu":
+        return reference.pair_score(tokens.t().contiguous(), codes.t().contiguous(), metric)
+    terms = (tokens - codes).square_() if metric == "euclidean" else tokens * codes
+    score = terms.cumsum(1)[:, -1]
+    if metric == "cosine":
+        norm = codes.square().cumsum(1)[:, -1].sqrt()
+        return torch.where(norm > 0, score / norm, 0.0)
+    return -score if metric == "euclidean" else score
