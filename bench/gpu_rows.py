@@ -1,0 +1,160 @@
+"""Stages that time whole searches: fastvq beside the matrix product, flash-kmeans, cdist and the formula in use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.gpu_contenders import (
+    CONTENDERS,
+    Contender,
+    DoesNotApplyError,
+    Prepare,
+    prepare_fastvq,
+)
+from bench.gpu_device import ceilings, clocks
+from bench.gpu_problems import MODELS, PUBLISHED, Problem, make_inputs, published, tiny
+from bench.gpu_stage import Row, Stage
+from bench.gpu_timing import Clock, seconds_row, stage_seconds
+from bench.gpu_workers import Workers, describe
+from fastvq.measure import peak_extra_memory
+
+_REPEATS = 25
+# Rotated batches take at most this much memory.
+_BATCH_BYTES = 4 << 30
+# Timed in float32, in which they compute.
+_SLOW_CONTENDERS = ("cdist", "formula")
+
+
+def device_stage(stage: Stage) -> None:
+    """The two ceilings."""
+    for row in ceilings(stage.device, stage.dry):
+        stage.add(row)
+
+
+def timing(stage: Stage) -> None:
+    """Sizes of published benchmarks."""
+    _time_all(stage, published(stage.quick))
+
+
+def models(stage: Stage) -> None:
+    """Sizes of models."""
+    _time_all(stage, list(MODELS[:4] if stage.quick else MODELS))
+
+
+def _time_all(stage: Stage, problems: list[Problem]) -> None:
+    if stage.dry:
+        problems = [tiny(problems[0])]
+    broken = _compile(stage, problems)
+    clock = Clock(stage.device)
+    for problem in stage.while_time(problems, lambda problem: f"{problem.name} {problem.describe()['dtype']}"):
+        contenders = dict(CONTENDERS)
+        if problem.dtype != torch.float32 and problem.name != PUBLISHED[0].name:
+            contenders = {name: make for name, make in contenders.items() if name not in _SLOW_CONTENDERS}
+        with stage.guarded(f"{problem.name} {problem.describe()['dtype']}"):
+            for row in measure(stage, clock, problem, contenders, broken.get(problem, "")):
+                stage.add(row)
+        if stage.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Warm(NamedTuple):
+    problem: Problem
+    device: torch.device
+
+
+def _compile(stage: Stage, problems: list[Problem]) -> dict[Problem, str]:
+    """Compile fastvq's kernels for all problems at once; errors by problem, which then is not run in this process."""
+    if not stage.workers:
+        return {}
+    with Workers(stage.workers) as workers:
+        outcomes = list(workers.run(warm, [_Warm(problem, stage.device) for problem in problems], stage.deadline))
+    return {outcome.task.problem: outcome.error for outcome in outcomes if not outcome.error.startswith("cut")}
+
+
+def warm(task: _Warm) -> None:
+    """One search of the kind, with fewer tokens: their number is no part of what is compiled."""
+    problem = task.problem
+    smaller = replace(problem, tokens=min(problem.tokens, 65_536))
+    (x,), codebook = make_inputs(smaller, task.device)
+    prepare_fastvq(smaller, [x], codebook).call(0)
+    if task.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def measure(
+    stage: Stage, clock: Clock, problem: Problem, contenders: Mapping[str, Prepare], broken: str = ""
+) -> list[Row]:
+    """Time all contenders of one problem in turns.
+
+    Args:
+        stage: device, deadline and mode.
+        clock: of the device.
+        problem: what is searched.
+        contenders: preparations by name; one that raises becomes a row that says so.
+        broken: why fastvq cannot run, if so.
+
+    Returns:
+        One row per contender: ``status`` is ``"ok"``, ``"none"`` (does not apply) or ``"failed"``, with ``note``.
+    """
+    buffers = 2 if stage.dry else max(2, min(4, _BATCH_BYTES // (problem.heads * problem.tokens * problem.dim * 4)))
+    batches, codebook = make_inputs(problem, stage.device, buffers)
+    rows: dict[str, Row] = {}
+    ready: dict[str, Contender] = {}
+    expected: Tensor | None = None
+    for name, prepare in contenders.items():
+        row = rows[name] = {**problem.describe(), "contender": name, "status": "ok", "note": "", "seconds": None}
+        if broken and name.startswith("fastvq"):
+            row |= {"status": "failed", "note": broken}
+            continue
+        try:
+            contender = prepare(problem, batches, codebook)
+            result = contender.call(0)
+            row["note"] = contender.note
+            if contender.indices is not None:
+                found = contender.indices(result)
+                expected = found if name == "fastvq" else expected
+                row["differs"] = None if expected is None else int((found != expected).sum())
+                if name.startswith("fastvq"):
+                    row |= {"passed": row["differs"] == 0, "result": f"{row['differs']} indices differ"}
+            if name == "fastvq packed" and isinstance(result, tuple):
+                row["open_share"] = int(result[1].sum()) / (problem.heads * problem.tokens)
+            del result
+            row["peak_extra_bytes"] = peak_extra_memory(lambda call=contender.call: call(1), stage.device)  # type: ignore[misc]
+            ready[name] = contender
+        except DoesNotApplyError as reason:
+            row |= {"status": "none", "note": str(reason)}
+        except Exception as error:  # whatever another library raises belongs into the table
+            row |= {"status": "failed", "note": describe(error)}
+    _fill(stage, clock, problem, rows, ready)
+    return list(rows.values())
+
+
+def _fill(stage: Stage, clock: Clock, problem: Problem, rows: dict[str, Row], ready: dict[str, Contender]) -> None:
+    """Times, rates and ratios of the contenders that run; the stages of fastvq; clocks."""
+    calls = {name: contender.call for name, contender in ready.items()}
+    before = clocks(stage.device)
+    timings = clock.interleaved(calls, 2 if stage.dry else _REPEATS, stage.deadline)
+    for name, error in clock.errors.items():
+        rows[name] |= {"status": "failed", "note": error}
+    for name, timed in timings.items():
+        rates = {"tflops": problem.flop / timed.median / 1e12, "tera_pairs": problem.pairs / timed.median / 1e12}
+        rows[name] |= {**seconds_row(timed), **rates}
+        for other in ("product", "flash-kmeans"):
+            if other in timings:
+                rows[name][f"times_{other}"] = timed.median / timings[other].median
+    fastvq = calls.get("fastvq")
+    if fastvq is None or "fastvq" not in timings:
+        return
+    calls_for_clocks = max(1, min(200, int(0.2 / timings["fastvq"].median)))
+    under_load = clocks(stage.device, lambda: fastvq(0), 1 if stage.dry else calls_for_clocks)
+    rows["fastvq"] |= {"clocks_before": before, "clocks": under_load}
+    try:
+        rows["fastvq"]["stages"] = stage_seconds(lambda: fastvq(0), 1 if stage.dry else 5, stage.device)
+    except Exception as error:  # the profiler is no part of the measurement
+        stage.note(f"{problem.name}: no times of the stages: {describe(error)}")

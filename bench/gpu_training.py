@@ -1,0 +1,128 @@
+"""The training step on this device: its speed, and what it must never do (wait for the device, compile again)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import fastvq
+from bench.gpu_stage import Row, Stage
+from bench.gpu_timing import count_compiled
+from bench.gpu_workers import describe
+from fastvq.measure import compare_with_reference
+
+# ESM3's and VideoGPT's codebooks: tokens, codes, dim.
+_STEPS = ((32_768, 4096, 128), (32_768, 2048, 256))
+
+
+def training(stage: Stage) -> None:
+    """Checks first, each a row with ``passed``; then the step against the reference at two sizes."""
+    checks: dict[str, Callable[[torch.device], Row]] = {
+        "recompilation": recompilation,
+        "no host synchronisation": no_synchronisation,
+        "CUDA graph": graph,
+    }
+    for name, check in checks.items():
+        if stage.device.type != "cuda" and check is not recompilation:
+            stage.add({"name": name, "passed": None, "result": "needs a GPU"})
+            continue
+        try:
+            stage.add({"name": name, **check(stage.device)})
+        except Exception as error:  # a finding about this check; the others are still wanted
+            stage.add({"name": name, "passed": False, "result": describe(error, 6)})
+    sizes = ((10, 12, 8),) if stage.dry else _STEPS
+    for tokens, codes, dim in stage.while_time(sizes):
+        name = f"training step {tokens}×{codes}×{dim}"
+        with stage.guarded(name):
+            module = fastvq.EMACodebook(codes, dim, device=stage.device)
+            x = torch.randn(tokens, dim, device=stage.device)
+            result = compare_with_reference(module, x, x[: min(tokens, 256)])
+            stage.add({"name": name, "passed": result["fastvq"]["indices_equal_to_oracle"] == 1, **result})
+
+
+def recompilation(device: torch.device) -> Row:
+    """Other numbers of tokens and codes must not compile anything; the first search's seconds are reported."""
+    dim = 40  # a dimension that nothing else uses, so that the first search compiles
+    sizes = [(n, k) for n in (5000, 4999, 4096, 300, 33, 16, 1) for k in (1000, 4096, 37, 1)]
+    if device.type == "cpu":
+        sizes = [(5, 37), (1, 1)]
+
+    def search(n: int, k: int) -> float:
+        start = time.perf_counter()
+        fastvq.nearest_code(torch.randn(n, dim, device=device), torch.randn(k, dim, device=device), backend="triton")
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    first = search(*sizes[0])
+    second = search(*sizes[0])
+    before = count_compiled()
+    new: dict[str, list[str]] = {}
+    for n, k in sizes[1:]:
+        counted = count_compiled()
+        search(n, k)
+        for name, count in count_compiled().items():
+            if count > counted.get(name, 0):
+                new.setdefault(name, []).append(f"N {n}, K {k}")
+    after = count_compiled()
+    total = sum(after.values()) - sum(before.values())
+    found = "; ".join(f"{name} for {', '.join(sizes)}" for name, sizes in new.items())
+    return {
+        "passed": total == 0 if before else None,
+        "result": f"{total} compiled again{': ' + found if found else ''}" if before else "interpreted",
+        "compiled_again": total,
+        "first_search_seconds": first,
+        "second_search_seconds": second,
+    }
+
+
+def no_synchronisation(device: torch.device) -> Row:
+    """A training step, forward, backward and update, under PyTorch's check for synchronising calls."""
+    module = fastvq.EMACodebook(1024, 64, device=device)
+    x = torch.randn(5000, 64, device=device, requires_grad=True)
+
+    def step() -> None:
+        quantized, _, loss = module(x)
+        (quantized.sum() + loss).backward()
+
+    for _ in range(2):  # compiles, and initialises the codebook
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    return {"passed": True, "result": "none in a training step"}
+
+
+def graph(device: torch.device) -> Row:
+    """The search captured once and replayed with other tokens and codes, against eager calls and the oracle."""
+    x, codebook = torch.randn(3000, 64, device=device), torch.randn(1000, 64, device=device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            fastvq.nearest_code(x, codebook, backend="triton")
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        indices = fastvq.nearest_code(x, codebook, backend="triton")
+    wrong = differ = 0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x) + seed)
+        codebook.copy_(torch.randn_like(codebook) + seed)
+        captured.replay()
+        torch.cuda.synchronize()
+        differ += int((indices != fastvq.nearest_code(x, codebook, backend="triton")).sum())
+        wrong += _wrong(indices, x, codebook)
+    return {"passed": wrong == differ == 0, "result": f"{wrong} wrong, {differ} differ from eager calls"}
+
+
+def _wrong(indices: Tensor, x: Tensor, codebook: Tensor, n: int = 200) -> int:
+    return int((indices[:n].cpu() != fastvq.reference.nearest_code(x[:n].cpu(), codebook.cpu())).sum())
