@@ -18,14 +18,13 @@ _TYPES = {
     **dict.fromkeys(
         ("N", "N_pad", "K", "KP", "K_bias", "H", "S", "D", "width", "steps", "all_steps", "steps_per_split"), "i32"
     ),
-    **dict.fromkeys(("s_h", "s_n", "s_k", "c_h", "c_k"), "i64"),
     **dict.fromkeys(("indices", "open_list", "winners", "p_indices"), "*i64"),
     **dict.fromkeys(("winner", "winners_of_bins", "open_count", "p_counts"), "*i32"),
     **dict.fromkeys(("norms", "out"), "*fp64"),
     "half": "*fp16",
 }
 # Strides and padded sizes are multiples of 16 for the dimensions compiled here.
-_DIVISIBLE = {"N_pad", "KP", "K_bias", "s_h", "s_n", "s_k", "c_h", "c_k"}
+_DIVISIBLE = {"N_pad", "KP", "K_bias"}
 PLAIN_TILE = 128
 
 

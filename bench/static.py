@@ -1,7 +1,8 @@
 """What the kernels cost on GPUs that need not be there: `python -m bench.static [--json]`.
 
 Every shipped configuration is compiled offline; nothing is run or timed. For NVIDIA chips the instructions of the
-scan's main loop are counted and a model turns them into a time, which is a floor and not a measurement.
+scan's main loop are counted and a model turns them into a time, which is a floor and not a measurement. A second model
+says what refinement and settling add at the shapes of models, and in the worst case.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.issue_model import H100, modelled_time, slots_per_pair
+from bench.issue_model import H100, PairCost, modelled_time, slots_per_pair
 from bench.main_loop import code_tile_loop, main_loop
 from bench.offline import TARGETS, Compiled
+from bench.refine_model import COUNTS, traffic_rows, worst_case_row
 from bench.shipped import PLAIN_TILE, other_kernels, plain, scan
 
 # Widths of packed rows, with a dimension that has them.
@@ -26,19 +28,30 @@ TOKENS, CODES = 65536, 16384
 
 
 def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any]]:
-    """One record per kernel, width and target."""
+    """One record per kernel, width and target; then those of the models of `refine` and `settle` on sm_90."""
+    scan_costs: dict[int, PairCost] = {}
+    settles: dict[int, Compiled] = {}
     for target in targets:
         for width in SCANS:
             compiled, config = scan(target, width)
             pairs = config.block_m * config.block_n
             # Where a row is not resident its chunks may stay a loop inside the loop over codes.
             chunks = 1 if config.resident else width // config.block_d
-            yield {**_resources(compiled, width), **_costs(compiled, width, pairs, chunks)}
+            costs = _costs(compiled, width, pairs, chunks)
+            if target == "sm_90":
+                scan_costs[width] = PairCost(costs["slots_per_pair"], costs["alu_per_pair"])
+            yield {**_resources(compiled, width), **costs}
         if target != "gfx942":
             compiled = plain(target)
             yield {**_resources(compiled, 64), **_costs(compiled, 64, PLAIN_TILE**2, 1)}
         for dim, compiled in other_kernels(target):
+            if target == "sm_90" and compiled.name == "settle_kernel":
+                settles[dim] = compiled
             yield _resources(compiled, dim)
+    if scan_costs:
+        yield from traffic_rows(scan_costs)
+    for dim, compiled in settles.items():
+        yield worst_case_row(compiled, dim)
 
 
 def _resources(kernel: Compiled, width: int) -> dict[str, Any]:
@@ -90,7 +103,15 @@ def main() -> None:
     console.print(
         f"Model, not a measurement: {H100}. Overlapped: product and maxima at once; serial: one after the other."
     )
-    console.print(_resource_table(rows))
+    console.print(_resource_table([row for row in rows if "registers" in row]))
+    console.print(_traffic_table([row for row in rows if "share_of_scan" in row]))
+    console.print(f"Model, not a measurement; open tokens as counted in {COUNTS.name}.")
+    for row in rows:
+        if "ratio_overlapped" in row:
+            console.print(
+                f"All codes equal, D {row['D']}: settling in modelled clocks of a plain float64 scan: "
+                f"{row['ratio_overlapped']:.2f} with pipes overlapped, {row['ratio_serial']:.2f} phase after phase."
+            )
 
 
 def _cost_table(rows: list[dict[str, Any]]) -> Table:
@@ -104,6 +125,23 @@ def _cost_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['modelled_us']} µs",
             f"{row['modelled_serial_us']} µs",
             row["limiter"],
+        )
+    return table
+
+
+def _traffic_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="modelled time of the scan, and of refinement and settling, on an H100, fp32 tokens")
+    for column in ("shape", "N×K×D", "data"):
+        table.add_column(column, no_wrap=True)
+    for column in ("scan µs", "refine + settle µs", "% of scan", "most of it"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            *(row[key] for key in ("shape", "size", "data")),
+            f"{row['scan_modelled_us']:.1f}",
+            f"{row['refine_settle_modelled_us']:.1f}",
+            f"{100 * row['share_of_scan']:.0f}",
+            row["largest_term"],
         )
     return table
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -11,10 +10,13 @@ import torch
 from torch import Tensor
 
 from fastvq import cpu, reference
+from fastvq.kept import KeptCodebook
 from fastvq.precision import full_precision
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 METRICS = ("euclidean", "cosine", "dot")
+# Asked once: looking through the import path takes half a millisecond. No functools.cache: torch.compile warns of it.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(device: torch.device, backend: str = "auto") -> tuple[str, str]:
@@ -47,19 +49,13 @@ def choose_backend(device: torch.device, backend: str = "auto") -> tuple[str, st
 
 
 def _obstacle_to_triton(device: torch.device) -> str | None:
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "Triton is not installed"
     if device.type == "cpu" and not interpreting():
         return "tensors are on the CPU; set TRITON_INTERPRET=1 before Python starts to run the kernels interpreted"
     if device.type not in ("cpu", "cuda"):
         return f"Triton kernels run on CUDA and ROCm devices, tensors are on {device.type}"
     return None
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    """Asked once: looking through the import path takes half a millisecond."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -73,14 +69,20 @@ def _triton_version() -> str:
     return str(triton.__version__)
 
 
-def search(x: Tensor, codebook: Tensor, metric: str, backend: str) -> Tensor:
-    """``nearest_code`` of the chosen backend on ``[N, D]`` with ``[K, D]``, or ``[H, N, D]`` with ``[H, K, D]``."""
+def search(x: Tensor, codebook: Tensor, metric: str, backend: str, kept: KeptCodebook | None = None) -> Tensor:
+    """``nearest_code`` of the chosen backend on ``[N, D]`` with ``[K, D]``, or ``[H, N, D]`` with ``[H, K, D]``.
+
+    ``kept`` remembers the packed codebook of one head.
+    """
     name = choose_backend(x.device, backend)[0]
     with torch.no_grad(), full_precision(x.device), on_device_of(x):
         if name == "triton":
-            from fastvq_kernels.search import nearest_code
+            from fastvq_kernels import search as kernels
+            from fastvq_kernels.pack import pack_codebook
 
-            return nearest_code(x, codebook, metric)
+            return kernels.nearest_code(x, codebook, metric, kept.keeping(pack_codebook) if kept else pack_codebook)
+        if name == "torch" and kept:
+            return cpu.nearest_code(x, codebook, metric, kept.keeping(cpu.prepare))
         nearest_code = cpu.nearest_code if name == "torch" else reference.nearest_code
         if x.dim() == 2:
             return nearest_code(x, codebook, metric)

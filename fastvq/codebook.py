@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.distributed import all_reduce_sum, broadcast_from_rank_0, is_distributed
-from fastvq.functional import code_statistics, lookup, quantize
+from fastvq.functional import code_statistics, lookup, quantize_keeping
+from fastvq.kept import KeptCodebook
 from fastvq.reference import Quantized
 
 # Laplace smoothing of the counts, in tokens: VideoGPT's and ESM3's constant.
@@ -42,7 +43,13 @@ class EMACodebook(nn.Module):
         device: where the buffers are created.
 
     Attributes:
-        freeze_codebook: True stops initialisation and updates in training as well.
+        freeze_codebook: True stops initialisation and updates in training as well, and promises that the codes stay.
+
+    While nothing is learned (``eval()`` or ``freeze_codebook``), eager calls on the CPU keep what the search prepares
+    of the codebook until a value of ``embeddings`` changes, however it is changed. On a GPU, where comparing values
+    would wait for the device, it is kept with ``freeze_codebook = True`` only, until PyTorch counts a write to
+    ``embeddings``; after one that it does not count (``.data``, ``torch.distributed.broadcast``) call
+    :meth:`reset_cache`.
 
     Raises:
         ValueError: a size is not positive, or ``ema_decay`` is outside [0, 1).
@@ -81,6 +88,7 @@ class EMACodebook(nn.Module):
         self.backend = backend
         self.freeze_codebook = False
         self._need_init = True
+        self._kept = KeptCodebook()
 
     def reset_parameters(self) -> None:
         """Nothing to reset: the module has no parameters."""
@@ -103,7 +111,8 @@ class EMACodebook(nn.Module):
         learns = self.training and not self.freeze_codebook
         if learns and self._need_init:
             self._init_embeddings(z, mask)
-        result = quantize(z, self.embeddings, commitment_weight=0.25, mask=mask, backend=self.backend)
+        kept = None if learns or (z.is_cuda and not self.freeze_codebook) else self._kept
+        result = quantize_keeping(kept, z, self.embeddings, 0.25, mask, self.backend)
         if learns:
             self._update(z.detach(), result.indices)
         return result
@@ -183,6 +192,17 @@ class EMACodebook(nn.Module):
         drawn = broadcast_from_rank_0(torch.cat([rows, found.to(rows).expand(self.n_codes, 1)], 1))
         return drawn[:, :-1], drawn[:1, -1:] > 0
 
+    def reset_cache(self) -> None:
+        """Forget what was prepared of the codebook; needed only after a write on a GPU that PyTorch does not count."""
+        self._kept.clear()
+
+    def train(self, mode: bool = True) -> EMACodebook:
+        """Switches as in any module; what evaluation has kept is given back when training starts."""
+        if mode:
+            self.reset_cache()
+        super().train(mode)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
         """Moves the state like any module, but keeps it float32: in half precision its increments round away."""
 
@@ -190,11 +210,13 @@ class EMACodebook(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.reset_cache()
         super()._apply(keep_float32, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.reset_cache()
         if prefix + "embeddings" in state_dict:
             self._need_init = False
 

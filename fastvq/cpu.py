@@ -39,13 +39,15 @@ per product. Norms get ``2⁻⁶²√D`` on top where they stand for a or b, sin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvq import reference
 from fastvq.grid import LARGEST_NORM, block_size, search_block
-from fastvq.packed import error_constant, pack
+from fastvq.packed import PackedCodebook, error_constant, pack
 from fastvq.settle import settle
 from fastvq.threads import lead, map_on_threads, team_size
 
@@ -59,7 +61,32 @@ _FEW_TOKENS = 16
 _WORK_FOR_ONE_THREAD = 10**8
 
 
-def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+class Prepared(NamedTuple):
+    """What is done with the codebook before a search, whatever the tokens."""
+
+    metric: str
+    codes: Tensor  # [K', D], as given: the finite ones
+    numbers: Tensor | None  # [K'] int64, which they are, where some are not finite
+    packed: PackedCodebook | None  # where there are codes, inside the range that may be scaled
+
+
+def prepare(codebook: Tensor, metric: str) -> Prepared:
+    """Pack the finite codes of ``codebook [K, D]``."""
+    codes, numbers, top = codebook, None, _largest(codebook)
+    if top == math.inf:
+        numbers = torch.isfinite(codebook).all(1).nonzero()[:, 0]
+        codes = codebook[numbers]
+        top = _largest(codes) if len(codes) else 0.0
+    packs = len(codes) > 0 and not _outside_scaled_range(codes)
+    return Prepared(metric, codes, numbers, pack(codes, metric, top) if packs else None)
+
+
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    metric: str = "euclidean",
+    prepare: Callable[[Tensor, str], Prepared] = prepare,
+) -> Tensor:
     """Exactly :func:`fastvq.reference.nearest_code`, several times faster than materialising ``[N, K]``.
 
     Memory beyond the inputs does not depend on ``N·K``: a packed copy of the codebook and a few MiB per thread.
@@ -68,6 +95,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tens
         x: tokens ``[N, D]``, any floating dtype.
         codebook: codes ``[K, D]``, any floating dtype.
         metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
+        prepare: :func:`prepare`, or what remembers its result.
 
     Returns:
         int64 ``[N]``. A token with a NaN or an infinity gets -1; a code with one is never chosen.
@@ -79,23 +107,21 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tens
         if indices is not None:
             return indices
     if len(x) * len(codebook) * (x.shape[1] + 16) < _WORK_FOR_ONE_THREAD:
-        return _search(x, codebook, metric)
-    return lead(lambda: _search(x, codebook, metric))
+        return _search(x, prepare(codebook, metric))
+    return lead(lambda: _search(x, prepare(codebook, metric)))
 
 
-def _search(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """:func:`nearest_code` with the codebook packed first."""
-    top = _largest(codebook)
-    if top == math.inf:
-        kept = torch.isfinite(codebook).all(1).nonzero()[:, 0]
-        if len(kept) == 0:
-            return x.new_full((len(x),), -1, dtype=torch.int64)
-        indices = _search(x, codebook[kept], metric)
-        return torch.where(indices < 0, -1, kept[indices])
-    if _outside_scaled_range(codebook):
+def _search(x: Tensor, prepared: Prepared) -> Tensor:
+    """:func:`nearest_code` in a prepared codebook."""
+    metric, codebook, numbers, packed = prepared
+    if len(codebook) == 0:
+        return x.new_full((len(x),), -1, dtype=torch.int64)
+    if numbers is not None:
+        indices = _search(x, prepared._replace(numbers=None))
+        return torch.where(indices < 0, -1, numbers[indices])
+    if packed is None:
         return reference.nearest_code(x, codebook, metric)
 
-    packed = pack(codebook, metric, top)
     n = block_size(len(x), len(packed.rows))
     found = map_on_threads(lambda some: search_block(some, packed), x.split(n))
     indices = torch.cat([block[0] for block in found])
@@ -138,7 +164,7 @@ def _search_few(x: Tensor, codebook: Tensor) -> Tensor | None:
     lower = score.amax(1, keepdim=True) - 2 * error_constant(dim) * (b * a + 0.5 * b * b) - slack
     owners, candidates = (score >= lower).nonzero().unbind(1)
     if len(owners) == len(x):
-        return candidates
+        return candidates.clone()  # an operator's result owns its memory
     if len(owners) > _MAX_SETTLED_CODES * len(x):
         return None
     indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -159,7 +185,7 @@ def _search_distinct(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     first = torch.full((len(distinct),), len(codebook), device=x.device)
     first.scatter_reduce_(0, inverse, torch.arange(len(codebook), device=x.device), "amin")
     first = first.sort().values
-    return first[_search(x, codebook[first], metric)]
+    return first[_search(x, prepare(codebook[first], metric))]
 
 
 def _search_all(x: Tensor, codebook: Tensor, metric: str) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvq import ops
 from fastvq.backends import METRICS, choose_backend
+from fastvq.kept import KeptCodebook
 from fastvq.reference import Quantized, coordinates_first, pair_score
 from fastvq.straight_through import StraightThrough
 
@@ -64,17 +65,23 @@ def nearest_code(
         TypeError: an argument is not a floating tensor, or ``mask`` is not boolean.
         ValueError: shapes or devices do not match, ``metric`` or ``backend`` is unknown, or the backend cannot run.
     """
-    _check_search(x, codebook, metric)
-    _check_mask(mask, x)
-    choose_backend(x.device, backend)
-    heads = codebook.shape[:-2]
-    tokens = x.detach().reshape(*heads, -1, x.shape[-1])
-    indices = ops.nearest_code(tokens, codebook.detach(), metric, backend).view(x.shape[:-1])
-    if mask is not None:
-        indices = torch.where(mask, indices, -1)
+    indices = _search(x, codebook, metric, mask, backend)
     if not return_distance:
         return indices
     return indices, _distance(x.detach(), codebook.detach(), indices, metric)
+
+
+def _search(
+    x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: str, kept: KeptCodebook | None = None
+) -> Tensor:
+    _check_search(x, codebook, metric)
+    _check_mask(mask, x)
+    choose_backend(x.device, backend)
+    tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
+    # A kept codebook is known by the tensor, so that it is not replaced by another of the same values.
+    codes = codebook.detach() if codebook.requires_grad else codebook
+    indices = ops.nearest_code(tokens, codes, metric, backend, kept).view(x.shape[:-1])
+    return indices if mask is None else torch.where(mask, indices, -1)
 
 
 def _distance(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
@@ -160,7 +167,19 @@ def quantize(
     Raises:
         TypeError, ValueError: as :func:`nearest_code`.
     """
-    indices = nearest_code(x, codebook, mask=mask, backend=backend)
+    return quantize_keeping(None, x, codebook, commitment_weight, mask, backend)
+
+
+def quantize_keeping(
+    kept: KeptCodebook | None,
+    x: Tensor,
+    codebook: Tensor,
+    commitment_weight: float,
+    mask: Tensor | None,
+    backend: str,
+) -> Quantized:
+    """:func:`quantize` with what ``kept`` remembers of the codebook ``[K, D]``."""
+    indices = _search(x, codebook, "euclidean", mask, backend, kept)
     codes = _gather(indices, codebook.detach())
     quantized, loss = StraightThrough.apply(x, codes, indices, mask, commitment_weight)
     return Quantized(quantized, indices, loss)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import search
+from fastvq.kept import KeptCodebook
 from fastvq.statistics import statistics
 
 
@@ -34,10 +35,11 @@ def _(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) -> tuple[Te
     return x.new_empty(n_codes, dtype=torch.float32), x.new_empty(n_codes, x.shape[1], dtype=torch.float32)
 
 
-def nearest_code(x: Tensor, codebook: Tensor, metric: str, backend: str) -> Tensor:
-    """:func:`nearest_code_op`, called directly where nobody traces."""
-    run = nearest_code_op if _is_traced(x) else search
-    return run(x, codebook, metric, backend)
+def nearest_code(x: Tensor, codebook: Tensor, metric: str, backend: str, kept: KeptCodebook | None = None) -> Tensor:
+    """:func:`nearest_code_op`, called directly where nobody traces, and only there with a kept packed codebook."""
+    if _is_traced(x):
+        return nearest_code_op(x, codebook, metric, backend)
+    return search(x, codebook, metric, backend, kept if type(codebook) is Tensor else None)
 
 
 def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_sweep
-from bench.gpu_contenders import CONTENDERS, Contender
-from bench.gpu_problems import MODELS, PUBLISHED, published, tiny
-from bench.gpu_rows import measure
-from bench.gpu_stage import Stage, run_stage
-from bench.gpu_summary import failures, summary
-from bench.gpu_timing import Clock, stage_name
-from bench.gpu_workers import Workers
+from bench.gpu import command as gpu
+from bench.gpu import sweep
+from bench.gpu.contenders import CONTENDERS, Contender
+from bench.gpu.problems import MODELS, PUBLISHED, published, tiny
+from bench.gpu.rows import measure
+from bench.gpu.stage import Stage, run_stage
+from bench.gpu.summary import failures, summary
+from bench.gpu.timing import Clock, stage_name
+from bench.gpu.workers import Workers
 from fastvq_kernels.configs import TOKEN_TILE
 
 ROOT = Path(__file__).parents[1]
@@ -189,12 +190,12 @@ def test_tasks_of_other_processes_may_raise_die_or_hang():
 
 
 def test_variations_are_valid_and_begin_with_the_default():
-    for width in gpu_sweep.WIDTHS:
-        configs = gpu_sweep.variations(width)
-        assert configs[0] == gpu_sweep.scan_config(width)
+    for width in sweep.WIDTHS:
+        configs = sweep.variations(width)
+        assert configs[0] == sweep.scan_config(width)
         assert len(set(configs)) == len(configs) > 10
         assert all(TOKEN_TILE % config.block_m == 0 for config in configs)
-        assert gpu_sweep.packed_width(gpu_sweep.WIDTHS[width]) == width
+        assert sweep.packed_width(sweep.WIDTHS[width]) == width
 
 
 def test_variations_follow_the_fields_of_the_configuration(monkeypatch):
@@ -204,11 +205,11 @@ def test_variations_follow_the_fields_of_the_configuration(monkeypatch):
         deep: bool = False
         bins: int = 8
 
-    monkeypatch.setattr(gpu_sweep, "ScanConfig", Other)
-    monkeypatch.setattr(gpu_sweep, "scan_config", lambda width: Other())
-    configs = gpu_sweep.variations(64)
+    monkeypatch.setattr(sweep, "ScanConfig", Other)
+    monkeypatch.setattr(sweep, "scan_config", lambda width: Other())
+    configs = sweep.variations(64)
     assert {Other(64), Other(256), Other(deep=True), Other(bins=4), Other(bins=16)} < set(configs)
-    assert gpu_sweep.paste(Other(64, deep=True)) == "ScanConfig(block_m=64, deep=True)"
+    assert sweep.paste(Other(64, deep=True)) == "ScanConfig(block_m=64, deep=True)"
 
 
 def test_kernels_are_told_from_those_of_pytorch():

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import ACCUMULATE
+from .dense import dense
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def accumulate_kernel(
     p_x,  # [N, D] float32, float16 or bfloat16
     p_indices,  # [N] int64
@@ -46,14 +47,14 @@ def code_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, T
         n_codes: K.
     """
     n_tokens, dim = x.shape
-    x = (x.float() if x.dtype == torch.float64 else x).contiguous()
+    x = dense(x.float() if x.dtype == torch.float64 else x)
     counts = torch.zeros(n_codes, dtype=torch.int32, device=x.device)
     sums = torch.zeros(n_codes, dim, dtype=torch.float32, device=x.device)
     if n_tokens:
         grid = (triton.cdiv(n_tokens, ACCUMULATE.block_n), triton.cdiv(dim, ACCUMULATE.block_d))
         accumulate_kernel[grid](
             x,
-            indices.contiguous(),
+            dense(indices),
             counts,
             sums,
             n_tokens,

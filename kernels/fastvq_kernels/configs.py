@@ -20,7 +20,7 @@ class ScanConfig:
     block_m: int = 128  # tokens per program, a divisor of TOKEN_TILE
     block_n: int = 128  # codes per step
     block_d: int = 64  # columns per matrix product, a divisor of the padded width
-    lanes: int = 4  # threads that share a token's row of accumulators; block_n is 8 or 32 columns for each
+    lanes: int = 4  # threads that share a token's row of accumulators; block_n is 8, 16, 32 or 64 columns for each
     num_warps: int = 4
     num_stages: int = 2
     resident: bool = True  # the token tile stays on chip; else its columns are loaded again with every step

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import bounds
 from .configs import SPLIT_D, ScanConfig, padded_width, scan_config
+from .dense import dense
 from .norms import code_norms
 
 
@@ -16,7 +17,7 @@ from .norms import code_norms
 class PackedCodebook:
     """A codebook ready for the scan; `bounds.py` has the meaning of every bound.
 
-    codes    [H, K, D]    as given: refinement and the float64 scan read these
+    codes    [H, K, D]    as given, dense: refinement and the float64 scan read these
     metric                euclidean, dot or cosine
     shift    [H, D]       fp32 m
     scale    [H]          fp32 2^b
@@ -57,10 +58,10 @@ def load_code(p_e, b_inv, p_shift, o_d, m_d, m_e, b_scale, WIDE: tl.constexpr, U
     return tl.where(m_e, (b_e - b_m) * b_scale, 0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def pack_codes_kernel(
     codes, inverse, shift, scale, half, half_sq, length, residual,
-    K, KP, s_h, s_k,
+    K, KP,
     D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     WIDE: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, INFLATE: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +78,7 @@ def pack_codes_kernel(
     for d in range(0, DP, BD):
         o_c = d + tl.arange(0, BD)
         m_c = o_c < USED
-        p_e = codes + i_h * s_h + o_k[:, None] * s_k + (o_c % D)[None, :]
+        p_e = codes + (i_h * K + o_k)[:, None] * D + (o_c % D)[None, :]
         m_e = m_k[:, None] & m_c[None, :]
         b_e = load_code(p_e, b_inv, shift + i_h * D, o_c % D, m_c, m_e, b_scale, WIDE, UNIT)  # [BK, BD]
         b_inside = tl.abs(b_e) < 65000.0
@@ -113,8 +114,7 @@ def frame(codes: Tensor, inverse: Tensor | None, finite: Tensor) -> tuple[Tensor
 
 def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfig | None = None) -> PackedCodebook:
     """Pack codebook [K, D] or [H, K, D], float16, bfloat16, float32 or float64, for `nearest_code`."""
-    codes = codebook if codebook.ndim == 3 else codebook[None]
-    codes = codes if codes.stride(-1) == 1 else codes.contiguous()
+    codes = dense(codebook if codebook.ndim == 3 else codebook[None])
     H, K, D = codes.shape
     split = D <= SPLIT_D
     DP = padded_width(3 * D if split else D)
@@ -136,7 +136,7 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     block_k = 64
     pack_codes_kernel[(triton.cdiv(K, block_k), H)](
         codes, inverse, shift, scale, half, half_sq, length, residual,
-        K, KP, codes.stride(0), codes.stride(1),
+        K, KP,
         D=D, DP=DP, BK=block_k, BD=min(DP, 32),
         WIDE=codes.dtype == torch.float64, UNIT=unit, SPLIT=split, INFLATE=bounds.norm_inflation(D),
         TINY=bounds.TINY,

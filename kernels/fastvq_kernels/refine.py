@@ -17,7 +17,7 @@ from .tokens import PackedTokens, load_shifted, ratio
 @triton.jit
 def code_bounds(
     tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_t, o_k, b_scale, b_code_scale, b_c, b_X,
-    K, s_h, s_n, c_h, c_k,
+    N, K,
     D: tl.constexpr, BT: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
     SHIFT: tl.constexpr, WIDE_X: tl.constexpr, WIDE_E: tl.constexpr, UNIT: tl.constexpr,
     E: tl.constexpr, UNIT_ERROR: tl.constexpr,
@@ -27,7 +27,7 @@ def code_bounds(
     b_h = tl.load(half_sq + i_h * K + o_k, mask=m_k, other=float("inf"))
     b_n = tl.load(length + i_h * K + o_k, mask=m_k, other=0.0)
     b_inv = tl.load(inverse + i_h * K + o_k, mask=m_k, other=0.0)[:, :, None] if UNIT else 1.0
-    p_x = tokens + i_h * s_h + o_t[:, None] * s_n
+    p_x = tokens + (i_h * N + o_t)[:, None] * D
     b_acc = tl.zeros([BT, G, BD], tl.float32)
     for d in range(0, D, BD):
         o_d = d + tl.arange(0, BD)
@@ -35,7 +35,7 @@ def code_bounds(
         b_x = load_shifted(p_x, shift + i_h * D, o_d, m_t, m_d, WIDE_X, SHIFT)
         b_x = (b_x * b_scale[:, None]).to(tl.float32)  # [BT, BD]
         m_e = m_k[:, :, None] & m_d[None, None, :]
-        p_e = codes + i_h * c_h + o_k[:, :, None] * c_k + o_d[None, None, :]
+        p_e = codes + (i_h * K + o_k)[:, :, None] * D + o_d[None, None, :]
         b_e = load_code(p_e, b_inv, shift + i_h * D, o_d, m_d, m_e, b_code_scale, WIDE_E, UNIT)  # [BT, G, BD]
         b_acc += b_x[:, None, :] * b_e
     b_s = tl.sum(b_acc, axis=2) - b_c[:, None] * b_h  # [BT, G]
@@ -63,11 +63,11 @@ def take_largest(b_v, b_k, o_lane):
     return b_top, tl.sum(tl.where(here, b_k, 0), axis=1), tl.where(here, float("-inf"), b_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "S"])
 def refine_kernel(
     tokens, codes, inverse, shift, code_scale, tile_scale, tile_weight, norm, bias, half_sq, length, mean_sq,
     best, rest, winner, indices, open_list, open_line, open_count,
-    N, N_pad, K, K_bias, S, s_h, s_n, c_h, c_k,
+    N, N_pad, K, K_bias, S,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
     SHIFT: tl.constexpr, WIDE_X: tl.constexpr, WIDE_E: tl.constexpr, UNIT: tl.constexpr, CERTIFIED: tl.constexpr,
     SLACK: tl.constexpr, BIAS_ERROR: tl.constexpr, E: tl.constexpr, UNIT_ERROR: tl.constexpr,
@@ -127,12 +127,12 @@ def refine_kernel(
     if tl.max(m_two.to(tl.int32), axis=0) > 0:
         low1, high1 = code_bounds(
             tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_two, b_k1.to(tl.int64)[:, None],
-            b_scale, b_code_scale, b_c, b_X, K, s_h, s_n, c_h, c_k,
+            b_scale, b_code_scale, b_c, b_X, N, K,
             D, BT, 1, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
         )  # fmt: skip
         low2, high2 = code_bounds(
             tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_two & (b_v2 > float("-inf")),
-            b_k2.to(tl.int64)[:, None], b_scale, b_code_scale, b_c, b_X, K, s_h, s_n, c_h, c_k,
+            b_k2.to(tl.int64)[:, None], b_scale, b_code_scale, b_c, b_X, N, K,
             D, BT, 1, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
         )  # fmt: skip
         low1, high1 = tl.reshape(low1, [BT]), tl.reshape(high1, [BT])
@@ -184,7 +184,6 @@ def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins:
         packed_tokens.norm, packed.bias, packed.half_sq, packed.length, packed.mean_sq,
         bins.best, bins.rest, bins.winner, indices, left.tokens, left.line, left.count,
         N, packed_tokens.norm.shape[1], K, packed.bias.shape[1], bins.ranges,
-        x.stride(0), x.stride(1), packed.codes.stride(0), packed.codes.stride(1),
         D=D, BT=block_t, BD=min(max(8, triton.next_power_of_2(D)), 32), LANES=packed.config.lanes, TILE=TOKEN_TILE,
         SHIFT=packed.metric == "euclidean", WIDE_X=x.dtype == torch.float64,
         WIDE_E=packed.codes.dtype == torch.float64, UNIT=packed.metric == "cosine",

@@ -1,5 +1,8 @@
 """The scan: fp16 tensor-core upper bounds of all codes, of which only the best code of each bin is kept."""
 
+# Tuples of tensors grow in loops that the compiler unrolls.
+# mypy: disable-error-code="assignment, misc"
+
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,24 @@ def four(u):
     u00, u10 = tl.split(even)
     u01, u11 = tl.split(odd)
     return u00, u01, u10, u11
+
+
+@triton.jit
+def rows_of(u, BM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """The rows of a thread's columns, u [BM, LANES, 4, 2, ROWS]: ROWS times [BM, LANES, 8]."""
+    tl.static_assert(ROWS == 1 or ROWS == 2 or ROWS == 4 or ROWS == 8)
+    if ROWS == 1:
+        rows = (tl.reshape(u, [BM, LANES, 8]),)
+    elif ROWS == 2:
+        rows = tl.split(tl.reshape(u, [BM, LANES, 8, 2]))
+    elif ROWS == 4:
+        rows = four(tl.reshape(u, [BM, LANES, 8, 2, 2]))
+    else:
+        even, odd = tl.split(tl.reshape(u, [BM, LANES, 8, 2, 2, 2]))
+        u0, u2, u4, u6 = four(even)
+        u1, u3, u5, u7 = four(odd)
+        rows = (u0, u1, u2, u3, u4, u5, u6, u7)
+    return rows
 
 
 @triton.jit
@@ -55,16 +76,16 @@ def code_at(step, member, lane, BN: tl.constexpr, LANES: tl.constexpr):
     return step * BN + (member // 8) * (8 * LANES) + (place // 2) * (2 * LANES) + 2 * lane + place % 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps_per_split"])
 def scan_kernel(
     tokens, codes, bias, tile_scale, tile_weight, code_scale, best, rest, winner,
-    N_pad, KP, H, steps_per_split,
+    N_pad, KP, steps_per_split,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
     INT_MAX: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program scans one range of codes for BM tokens of one head.
 
-    A bin is what one thread sees of a token in one range: in every step, one or four rows of eight codes. Writes for
+    A bin is what one thread sees of a token in one range: in every step, ROWS rows of eight codes. Writes for
     each bin the largest upper bound of a score, the code it belongs to, and the largest of all other codes in
     the bin (best, winner and rest [H, N_pad, S, LANES]). Never writes anything of size tokens x codes, and masks
     nothing: padding has a bias of -inf.
@@ -74,7 +95,6 @@ def scan_kernel(
     code lies outside one of them, so the largest maximum among the other classes is that of all other codes.
     """
     ROWS: tl.constexpr = BN // (8 * LANES)
-    tl.static_assert(ROWS == 1 or ROWS == 4)
     i_m, i_s, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = (i_h * N_pad + i_m * BM).to(tl.int32)
     i_tile = (i_h * N_pad + i_m * BM) // TILE
@@ -88,13 +108,15 @@ def scan_kernel(
     b_xs = ()
     if RESIDENT:
         for d in tl.static_range(0, D, BD):
-            b_xs = b_xs + (tokens.load([row, d]) if TMA else tl.load(p_x + o_x + d),)  # type: ignore[assignment]  # D / BD times [BM, BD]
+            b_xs = b_xs + (tokens.load([row, d]) if TMA else tl.load(p_x + o_x + d),)  # D / BD times [BM, BD]
 
     KIND: tl.constexpr = tl.int32 if INT_MAX else tl.float32
     b_step1 = tl.full([BM, LANES], float("-inf"), tl.float32).to(KIND, bitcast=True)  # best step and its number
     b_step2 = b_step1  # second-best step
     b_t = tl.zeros([BM, LANES], tl.int32)
-    b_row0, b_row1, b_row2, b_row3 = b_step1, b_step1, b_step1, b_step1
+    b_rows = ()
+    for _ in tl.static_range(ROWS):
+        b_rows = b_rows + (b_step1,)
     b_place = tl.full([BM, LANES, 8], float("-inf"), tl.float32).to(KIND, bitcast=True)
     first = (i_s * steps_per_split).to(tl.int32)
     last = tl.minimum(first + steps_per_split, KP // BN)
@@ -127,18 +149,22 @@ def scan_kernel(
         # Column 8 LANES n + 2 LANES j + 2 q + r is thread q's, in row n at place 2 j + r.
         b_u = tl.reshape(b_u.to(KIND, bitcast=True), [BM, ROWS, 4, LANES, 2])
         b_u = tl.permute(b_u, [0, 3, 2, 4, 1])  # [BM, LANES, 4, 2, ROWS]
+        b_us = rows_of(b_u, BM, LANES, ROWS)
+        b_ms = ()
+        b_new = ()
+        for i in tl.static_range(ROWS):
+            b_ms = b_ms + (row_max(b_us[i], BM, LANES, ASM),)
+            b_new = b_new + (tl.maximum(b_rows[i], b_ms[i]),)
+        b_rows = b_new
+        b_m = b_ms[0]  # [BM, LANES]
         if ROWS == 1:
-            b_u = tl.reshape(b_u, [BM, LANES, 8])
-            b_place = tl.maximum(b_place, b_u)
-            b_m = row_max(b_u, BM, LANES, ASM)
+            b_place = tl.maximum(b_place, b_us[0])  # [BM, LANES, 8]
         else:
-            u0, u1, u2, u3 = four(tl.reshape(b_u, [BM, LANES, 8, 2, 2]))  # [BM, LANES, 8] each
-            b_place = max3(max3(b_place, u0, u1, ASM), u2, u3, ASM)
-            m0, m1 = row_max(u0, BM, LANES, ASM), row_max(u1, BM, LANES, ASM)  # [BM, LANES]
-            m2, m3 = row_max(u2, BM, LANES, ASM), row_max(u3, BM, LANES, ASM)
-            b_row0, b_row1 = tl.maximum(b_row0, m0), tl.maximum(b_row1, m1)
-            b_row2, b_row3 = tl.maximum(b_row2, m2), tl.maximum(b_row3, m3)
-            b_m = tl.maximum(max3(m0, m1, m2, ASM), m3)
+            b_m = tl.maximum(b_m, b_ms[1])
+            b_place = max3(b_place, b_us[0], b_us[1], ASM)
+            for i in tl.static_range(2, ROWS, 2):
+                b_m = max3(b_m, b_ms[i], b_ms[i + 1], ASM)
+                b_place = max3(b_place, b_us[i], b_us[i + 1], ASM)
         b_step2 = tl.maximum(b_step2, tl.minimum(b_step1, b_m))
         b_t = tl.where(b_m > b_step1, t, b_t)
         b_step1 = tl.maximum(b_step1, b_m)
@@ -149,12 +175,11 @@ def scan_kernel(
     b_rest = tl.max(tl.where(o_place == b_p[:, :, None], nothing, b_place), axis=2)
     b_rest = tl.maximum(b_rest, b_step2)
     b_n = tl.zeros([BM, LANES], tl.int32)
-    if ROWS == 4:
-        b_n = tl.where(b_row1 == b_step1, 1, tl.where(b_row2 == b_step1, 2, tl.where(b_row3 == b_step1, 3, 0)))
-        # The second largest of four.
-        b_high = tl.minimum(tl.maximum(b_row0, b_row1), tl.maximum(b_row2, b_row3))
-        b_low = tl.maximum(tl.minimum(b_row0, b_row1), tl.minimum(b_row2, b_row3))
-        b_rest = tl.maximum(b_rest, tl.maximum(b_high, b_low))
+    b_top = b_rows[0]
+    for i in tl.static_range(1, ROWS):
+        b_rest = tl.maximum(b_rest, tl.minimum(b_top, b_rows[i]))
+        b_n = tl.where(b_rows[i] > b_top, i, b_n)
+        b_top = tl.maximum(b_top, b_rows[i])
     o_lane = tl.arange(0, LANES)[None, :]
     b_code = code_at(b_t, 8 * b_n + b_p, o_lane, BN, LANES)
     bins = tl.num_programs(1).to(tl.int64) * LANES
@@ -214,7 +239,7 @@ def scan(tokens: PackedTokens, n: int, packed: PackedCodebook) -> Bins:
         rows, codes = TensorDescriptor.from_tensor(rows, [BM, BD]), TensorDescriptor.from_tensor(codes, [BN, BD])
     scan_kernel[(tiles, S, H)](
         rows, codes, packed.bias, tokens.scale, tokens.weight, packed.scale, best, rest, winner,
-        N_pad, KP, H, per_split,
+        N_pad, KP, per_split,
         D=DP, BD=BD, BM=BM, BN=BN, LANES=config.lanes, TILE=TOKEN_TILE,
         INT_MAX=config.int_max, ASM=config.int_max and tokens.rows.is_cuda, TMA=config.tma,
         RESIDENT=config.resident, STAGES=config.num_stages, num_warps=config.num_warps,

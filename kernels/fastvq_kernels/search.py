@@ -1,7 +1,10 @@
 """The certified search: pack, scan, refine, settle, without a host synchronisation in between."""
 
+from collections.abc import Callable
+
 from torch import Tensor, int64
 
+from .dense import dense
 from .pack import PackedCodebook, pack_codebook
 from .refine import refine
 from .scan import scan
@@ -9,13 +12,16 @@ from .settle import settle
 from .tokens import pack_tokens
 
 
-def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+def nearest_code(
+    x: Tensor, codebook: Tensor, metric: str, pack: Callable[[Tensor, str], PackedCodebook] = pack_codebook
+) -> Tensor:
     """Index of the nearest code of every token, exactly as float64 gives it, the lowest on ties.
 
     Args:
         x: tokens ``[N, D]`` or ``[H, N, D]``, any floating dtype.
         codebook: codes ``[K, D]`` or ``[H, K, D]``, any floating dtype.
         metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
+        pack: `pack_codebook`, or what remembers its result.
 
     Returns:
         int64 ``[N]`` or ``[H, N]``; -1 for a token with a NaN or an infinity. A code with one is never chosen.
@@ -23,13 +29,12 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     if x.numel() == 0:
         return x.new_empty(x.shape[:-1], dtype=int64)
     heads = x if x.dim() == 3 else x[None]
-    # The kernels read rows of contiguous coordinates.
-    heads = heads if heads.stride(-1) == 1 else heads.contiguous()
-    return certified_search(heads, pack_codebook(codebook, metric))[0].view(x.shape[:-1])
+    return certified_search(heads, pack(codebook, metric))[0].view(x.shape[:-1])
 
 
 def certified_search(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor]:
     """Indices ``[H, N]`` int64 of ``x [H, N, D]``, and how many tokens had to be settled, ``[1]`` int32."""
+    x = dense(x)
     tokens = pack_tokens(x, packed)
     bins = scan(tokens, x.shape[1], packed)
     indices, left = refine(x, packed, tokens, bins)

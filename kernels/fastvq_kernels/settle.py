@@ -25,11 +25,11 @@ def block_k(d: int) -> int:
 
 @triton.jit
 def exact_best(
-    p_x, codes, norms, half_sq, o_k, m_k, best, code, c_k, D,
+    p_x, codes, norms, half_sq, o_k, m_k, best, code, D,
     METRIC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Update (best, code) with the oracle's float64 values of BK codes o_k: ascending j, every operation rounded."""
-    p_e = codes + o_k * c_k
+    p_e = codes + o_k * D
     b_finite = m_k & (tl.load(half_sq + o_k, mask=m_k, other=float("inf")) < float("inf"))
     b_value = tl.zeros([BK], tl.float64)
     for j in range(D):
@@ -52,11 +52,11 @@ def exact_best(
     return tl.where(better, low, best), tl.where(better, at, code)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "S", "steps", "all_steps"])
 def settle_kernel(
     tokens, codes, inverse, norms, shift, code_scale, tile_scale, norm, half_sq, length, mean_sq,
     best_bounds, rest_bounds, winners_of_bins, indices, open_list, open_line, open_count, values, winners,
-    N, N_pad, K, width, S, steps, all_steps, s_h, s_n, c_h, c_k,
+    N, N_pad, K, width, S, steps, all_steps,
     LEAD: tl.constexpr, SHARES: tl.constexpr, METRIC: tl.constexpr,
     D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
     WIDE_X: tl.constexpr, WIDE_E: tl.constexpr, CERTIFIED: tl.constexpr,
@@ -84,7 +84,7 @@ def settle_kernel(
         i_h = token // N
         o_t = token % N + tl.arange(0, 1)  # [1]
         m_t = o_t < N
-        p_x = tokens + i_h * s_h + (token % N) * s_n
+        p_x = tokens + token * D
         b_scale = tl.load(tile_scale + (i_h * N_pad + o_t) // TILE)
         b_code_scale = tl.load(code_scale + i_h)
         b_c = ratio(b_scale, b_code_scale)
@@ -107,8 +107,8 @@ def settle_kernel(
             b_k = tl.load(winners_of_bins + o_bin).to(tl.int64)
             if tl.max(b_one.to(tl.int32), axis=0) > 0:
                 best, code = exact_best(
-                    p_x, codes + i_h * c_h, norms + i_h * K, half_sq + i_h * K, b_k, b_one & (b_k < K),
-                    best, code, c_k, width, METRIC, LANES,
+                    p_x, codes + i_h * K * D, norms + i_h * K, half_sq + i_h * K, b_k, b_one & (b_k < K),
+                    best, code, width, METRIC, LANES,
                 )  # fmt: skip
             n_walk = tl.sum(b_walk.to(tl.int32), axis=0)
             if n_walk > 0:
@@ -124,14 +124,14 @@ def settle_kernel(
                     o_k = tl.where(o_m < members, o_k, K)  # [BK]
                     b_low, b_high = code_bounds(
                         tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_t, o_k[None, :],
-                        b_scale, b_code_scale, b_c, b_X, K, s_h, s_n, c_h, c_k,
+                        b_scale, b_code_scale, b_c, b_X, N, K,
                         D, 1, BK, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
                     )  # fmt: skip
                     high = tl.max(tl.max(b_high, axis=1), axis=0)
                     if (~(high + tl.abs(high) * (UP - 1.0) + eta < line)) | (not CERTIFIED):
                         best, code = exact_best(
-                            p_x, codes + i_h * c_h, norms + i_h * K, half_sq + i_h * K, o_k, o_k < K,
-                            best, code, c_k, width, METRIC, BK,
+                            p_x, codes + i_h * K * D, norms + i_h * K, half_sq + i_h * K, o_k, o_k < K,
+                            best, code, width, METRIC, BK,
                         )  # fmt: skip
                     line = tl.maximum(line, tl.max(tl.max(b_low, axis=1), axis=0))
         tl.store(values + work, best, mask=shared)
@@ -170,7 +170,7 @@ def settle(
         packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,
         indices, left.tokens, left.line, left.count, values, winners,
         N, packed_tokens.norm.shape[1], codes.shape[1], D, bins.ranges, bins.steps,
-        packed.half.shape[1] // config.block_n, x.stride(0), x.stride(1), codes.stride(0), codes.stride(1),
+        packed.half.shape[1] // config.block_n,
         LEAD=LEAD, SHARES=SHARES, METRIC=packed.metric,
         D=D, BK=block_k(D), BD=min(max(8, triton.next_power_of_2(D)), 32), BN=config.block_n, LANES=config.lanes,
         TILE=TOKEN_TILE, WIDE_X=x.dtype == torch.float64, WIDE_E=codes.dtype == torch.float64,

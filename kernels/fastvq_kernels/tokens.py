@@ -48,10 +48,10 @@ def load_shifted(p_x, p_shift, o_d, m_row, m_d, WIDE: tl.constexpr, SHIFT: tl.co
     return b_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def pack_tokens_kernel(
     x, shift, code_scale, half, norm, tile_scale, tile_weight,
-    N, N_pad, s_h, s_n,
+    N, N_pad,
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     SHIFT: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
     INFLATE: tl.constexpr, A: tl.constexpr, LAMBDA: tl.constexpr, TINY: tl.constexpr, UP: tl.constexpr,
@@ -65,7 +65,7 @@ def pack_tokens_kernel(
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
     m_t = o_t < N
-    p_x = x + i_h * s_h + o_t[:, None] * s_n
+    p_x = x + (i_h * N + o_t)[:, None] * D
     p_shift = shift + i_h * D
 
     USED: tl.constexpr = 3 * D if SPLIT else D
@@ -134,7 +134,7 @@ class PackedTokens:
 
 
 def pack_tokens(x: Tensor, packed: PackedCodebook) -> PackedTokens:
-    """Pack x [H, N, D] for `packed`."""
+    """Pack dense x [H, N, D] for `packed`."""
     H, N, D = x.shape
     DP = packed.half.shape[-1]
     tiles = triton.cdiv(N, TOKEN_TILE)
@@ -144,7 +144,7 @@ def pack_tokens(x: Tensor, packed: PackedCodebook) -> PackedTokens:
     weight = torch.empty_like(scale)
     pack_tokens_kernel[(tiles, H)](
         x, packed.shift, packed.scale, rows, norm, scale, weight,
-        N, tiles * TOKEN_TILE, x.stride(0), x.stride(1),
+        N, tiles * TOKEN_TILE,
         D=D, DP=DP, BT=TOKEN_TILE, BD=min(DP, 32),
         SHIFT=packed.metric == "euclidean", WIDE=x.dtype == torch.float64, SPLIT=packed.split,
         INFLATE=bounds.norm_inflation(D), A=bounds.accumulation(DP),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu_workers import describe
+from bench.gpu.workers import describe
 from fastvq.measure import synchronize
 
 # Read before every timed call. It displaces any L2 cache, with lines that need no writing back, and keeps the device

@@ -30,17 +30,17 @@ from typing import Any, NamedTuple
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from bench.gpu_device import facts
-from bench.gpu_exact import exactness, sanitize, smoke
-from bench.gpu_flash import flash
-from bench.gpu_rows import device_stage, models, timing
-from bench.gpu_stage import Stage, run_stage, write_json
-from bench.gpu_summary import failures, summary
-from bench.gpu_sweep import sweep
-from bench.gpu_training import training
+from bench.gpu.device import facts
+from bench.gpu.exact import exactness, sanitize, smoke
+from bench.gpu.flash import flash
+from bench.gpu.rows import device_stage, models, timing
+from bench.gpu.stage import Stage, run_stage, write_json
+from bench.gpu.summary import failures, summary
+from bench.gpu.sweep import sweep
+from bench.gpu.training import training
 from fastvq.info import pick_device
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 # Starting Python, PyTorch and a CUDA context.
 _START_SECONDS = 8.0
 # After its limit a stage finishes the row it is at.
@@ -212,7 +212,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     (options.out / "summary.md").write_text(whole)
     print(short, flush=True)
     return 1 if failures(document) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu_contenders import Contender, Prepare, prepare_fastvq, prepare_flash, prepare_packed
-from bench.gpu_problems import PUBLISHED, Problem, make_inputs, tiny
-from bench.gpu_rows import measure
-from bench.gpu_stage import Stage
-from bench.gpu_timing import Clock
-from bench.gpu_workers import Workers
+from bench.gpu.contenders import Contender, Prepare, prepare_fastvq, prepare_flash, prepare_packed
+from bench.gpu.problems import PUBLISHED, Problem, make_inputs, tiny
+from bench.gpu.rows import measure
+from bench.gpu.stage import Stage
+from bench.gpu.timing import Clock
+from bench.gpu.workers import Workers
 
 
 def flash(stage: Stage) -> None:

@@ -9,18 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu_contenders import (
+from bench.gpu.contenders import (
     CONTENDERS,
     Contender,
     DoesNotApplyError,
     Prepare,
     prepare_fastvq,
 )
-from bench.gpu_device import ceilings, clocks
-from bench.gpu_problems import MODELS, PUBLISHED, Problem, make_inputs, published, tiny
-from bench.gpu_stage import Row, Stage
-from bench.gpu_timing import Clock, seconds_row, stage_seconds
-from bench.gpu_workers import Workers, describe
+from bench.gpu.device import ceilings, clocks
+from bench.gpu.problems import MODELS, PUBLISHED, Problem, make_inputs, published, tiny
+from bench.gpu.stage import Row, Stage
+from bench.gpu.timing import Clock, seconds_row, stage_seconds
+from bench.gpu.workers import Workers, describe
 from fastvq.measure import peak_extra_memory
 
 _REPEATS = 25

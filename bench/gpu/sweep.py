@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu_contenders import with_heads
-from bench.gpu_problems import Problem, make_inputs, tiny
-from bench.gpu_stage import Row, Stage
-from bench.gpu_timing import Clock, compiled_versions, kernels_of, seconds_row
-from bench.gpu_workers import Outcome, Workers, describe
+from bench.gpu.contenders import with_heads
+from bench.gpu.problems import Problem, make_inputs, tiny
+from bench.gpu.stage import Row, Stage
+from bench.gpu.timing import Clock, compiled_versions, kernels_of, seconds_row
+from bench.gpu.workers import Outcome, Workers, describe
 from fastvq_kernels.configs import TOKEN_TILE, ScanConfig, padded_width, scan_config
 
 # A dimension for each width, the most valuable widths first.

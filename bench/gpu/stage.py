@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.gpu_workers import describe
+from bench.gpu.workers import describe
 
 Item = TypeVar("Item")
 Row = dict[str, Any]

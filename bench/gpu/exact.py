@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import fastvq
-from bench.gpu_contenders import with_heads
-from bench.gpu_problems import MODELS, PUBLISHED, Problem, make_inputs, tiny
-from bench.gpu_stage import Row, Stage
-from bench.gpu_sweep import packed_width, variations
-from bench.gpu_workers import Workers
+from bench.gpu.contenders import with_heads
+from bench.gpu.problems import MODELS, PUBLISHED, Problem, make_inputs, tiny
+from bench.gpu.stage import Row, Stage
+from bench.gpu.sweep import packed_width, variations
+from bench.gpu.workers import Workers
 from fastvq.cases import adversarial_cases
 from fastvq.verify import judge_all
 

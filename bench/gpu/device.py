@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from bench.gpu_problems import dtype_name
-from bench.gpu_timing import Clock, seconds_row
+from bench.gpu.problems import dtype_name
+from bench.gpu.timing import Clock, seconds_row
 from fastvq.info import device_name, versions
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _FACTS = "driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastvq
-from bench.gpu_problems import Problem
+from bench.gpu.problems import Problem
 from fastvq import reference
 
 # Values of a [tokens, K] matrix made at once: 4 GiB of float32 with its temporaries.

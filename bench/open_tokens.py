@@ -1,0 +1,210 @@
+"""How many tokens each step of the certified search proves: `python -m bench.open_tokens [--shapes esm3 ...]`.
+
+The kernels themselves decide, in Triton's interpreter, with the configuration of sm_90 and the number of ranges that a
+GPU takes for the batch of the model (the largest of those that share a codebook size: fewer tokens mean more ranges and
+fewer open tokens). The counts do not depend on the machine. Three kinds of tokens and codes:
+
+    gaussian  standard normal, independent of each other: the hardest case
+    near      Gaussian codes, tokens are codes plus noise of a tenth of their spread, as after training
+    photos    patches of the demo's photographs and a codebook trained on such patches
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from bench.gpu.problems import MODELS, PUBLISHED, Problem
+from bench.issue_model import H100
+from bench.refine_model import COUNTS, ranges_on_gpu, sm_90_config
+from bench.shapes import Shape, make_data
+from fastvq import EMACodebook
+from fastvq.backends import interpreting
+from fastvq.info import versions
+from fastvq.photos import PatchSampler, load_photos, to_tokens
+from fastvq_kernels import bounds
+from fastvq_kernels import scan as scan_module
+from fastvq_kernels.configs import TOKEN_TILE
+from fastvq_kernels.pack import PackedCodebook, pack_codebook
+from fastvq_kernels.refine import Open, refine
+from fastvq_kernels.scan import Bins
+from fastvq_kernels.tokens import PackedTokens, pack_tokens
+
+Row = dict[str, Any]
+
+# Pairs of token and code per count: about 20 s in the interpreter.
+_PAIRS = 1 << 24
+# Patch side in pixels: codes. All tokens of both photographs are one batch.
+_PATCHES = {1: 8192, 2: 4096, 4: 4096, 8: 4096}
+_PHOTOS = {
+    f"photos-{side}": Problem(f"photos-{side}", 2 * 427 * 640 // side**2, codes, 3 * side**2)
+    for side, codes in _PATCHES.items()
+}
+# With the demo's decay of 0.8 the first batch has a weight of 0.1 % at the end. Under a minute for 192 columns.
+_TRAINING_STEPS = 30
+
+
+def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
+    """Scan and refine ``x [N, D]`` against ``codebook [K, D]``, and count who proves what.
+
+    Returns:
+        ``by_scan`` tokens proved by the bounds of the scan alone, ``by_two`` by the fp32 values of their two best
+        codes, ``open`` left for `settle`. Over all open tokens: ``walked_bins`` that `settle` walks through and
+        ``single_bins`` of which it evaluates one code. A token has ``bins`` in all.
+    """
+    packed = pack_codebook(codebook, metric, sm_90_config(x.shape[1]))
+    tokens = pack_tokens(x[None], packed)
+    with patch.object(scan_module, "splits", lambda *_: ranges):
+        bins = scan_module.scan(tokens, len(x), packed)
+    indices, left = refine(x[None], packed, tokens, bins)
+    # Of a code of infinite length every fp32 value is uncertain without limit: what is proved all the same, the
+    # bounds of the scan prove. They do not contain this length.
+    blind, _ = refine(x[None], replace(packed, length=torch.full_like(packed.length, torch.inf)), tokens, bins)
+    by_scan, proved = int((blind >= 0).sum()), int((indices >= 0).sum())
+    walked, single = _bins_of_open(packed, tokens, bins, left)
+    return {
+        "tokens": len(x),
+        "by_scan": by_scan,
+        "by_two": proved - by_scan,
+        "open": int(left.count),
+        "bins": bins.ranges * packed.config.lanes,
+        "walked_bins": walked,
+        "single_bins": single,
+    }
+
+
+def _bins_of_open(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Open) -> tuple[int, int]:
+    """Bins of the open tokens that `settle_kernel` walks through, and those of which one code reaches its line."""
+    at = left.tokens[: int(left.count)]
+    line = left.line[: int(left.count)]
+    scale, norm = tokens.scale[0, at // TOKEN_TILE], tokens.norm[0, at]
+    c = scale / packed.scale
+    c_mean = c * packed.mean_sq
+    eta = 2 * bounds.ORACLE * norm**2 / c if packed.metric == "euclidean" else 0.0
+    cut = line + c_mean - (line.abs() + c_mean) * (bounds.UP - 1.0) - eta  # `below` of the refinement
+    cut = torch.where(cut > 0.0, cut, -torch.inf)[:, None, None]
+    walk = ~(bins.rest[0, at] < cut)
+    return int(walk.sum()), int((~(bins.best[0, at] < cut) & ~walk).sum())
+
+
+def photo_data(problem: Problem, tokens: int) -> tuple[Tensor, Tensor]:
+    """``tokens`` random patches of the photographs' grids and a codebook trained on patches."""
+    side = round((problem.dim / 3) ** 0.5)
+    photos = load_photos([])
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    sampler = PatchSampler(photos, side, torch.device("cpu"))
+    codebook = EMACodebook(
+        problem.codes, problem.dim, no_random_restart=False, restart_thres=0.2, ema_decay=0.8, backend="torch"
+    )
+    with torch.no_grad():
+        for _ in range(_TRAINING_STEPS):
+            codebook(sampler.draw(max(16384, 2 * problem.codes), generator))
+    grid = torch.cat([to_tokens(photo.pixels, side) for photo in photos])
+    return grid[torch.randperm(len(grid), generator=generator)[:tokens]], codebook.embeddings
+
+
+def problems() -> list[Problem]:
+    """One problem per codebook size and metric, with the names of all that share it and the largest batch of them."""
+    groups: dict[tuple[int, int, str], list[Problem]] = {}
+    for problem in (*PUBLISHED, *MODELS):
+        groups.setdefault((problem.codes, problem.dim, problem.metric), []).append(problem)
+    largest = [max(group, key=lambda problem: problem.heads * problem.tokens) for group in groups.values()]
+    return [
+        replace(problem, name=", ".join(each.name for each in group))
+        for problem, group in zip(largest, groups.values(), strict=True)
+    ]
+
+
+def rows_of(problem: Problem, tokens: int | None) -> list[Row]:
+    """A row per kind of data; ``tokens`` None for as many as the interpreter counts in less than a minute."""
+    tokens = tokens or min(2048, max(128, _PAIRS // problem.codes))
+    ranges = ranges_on_gpu(problem, sm_90_config(problem.dim))
+    shape = Shape(problem.name, tokens, problem.codes, problem.dim, "")
+    if problem.name in _PHOTOS:
+        data = {"photos": photo_data(problem, tokens)}
+    else:
+        data = {"gaussian": make_data(shape, near=False), "near": make_data(shape, near=True)}
+    about = {"name": problem.name, "codes": problem.codes, "dim": problem.dim, "metric": problem.metric}
+    about["batch"] = problem.heads * problem.tokens
+    return [about | {"data": kind} | count(*pair, problem.metric, ranges) for kind, pair in data.items()]
+
+
+def table_cells(row: Row) -> list[str]:
+    """Name, K×D, data and the shares in percent; of the open tokens, also the share of the codes that are walked."""
+    shares = [f"{100 * row[kind] / row['tokens']:.2f}" for kind in ("by_scan", "by_two", "open")]
+    walked = f"{100 * row['walked_bins'] / (row['open'] * row['bins']):.1f}" if row["open"] else "-"
+    metric = " cosine" if row["metric"] == "cosine" else ""
+    return [row["name"], f"{row['codes']}×{row['dim']}{metric}", row["data"], str(row["tokens"]), *shares, walked]
+
+
+_HEADINGS = ("shape", "K×D", "data", "tokens", "% by the scan", "% by two codes", "% open", "% of K walked")
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for the README: Gaussian data and photographs."""
+    lines = [_HEADINGS, ["---"] * len(_HEADINGS), *(table_cells(row) for row in rows if row["data"] != "near")]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    known = {each: problem for problem in problems() for each in problem.name.split(", ")} | _PHOTOS
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.open_tokens", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=list(known), help=f"among {', '.join(known)}; default all")
+    parser.add_argument("--tokens", type=int, help="counted per shape; default 128 to 2048, fewer for many codes")
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    parser.add_argument("--markdown", action="store_true", help=f"print {COUNTS.name} as Markdown and count nothing")
+    options = parser.parse_args(argv)
+    if unknown := [name for name in options.shapes if name not in known]:
+        parser.error(f"shapes must be among {', '.join(known)}, got {', '.join(unknown)}")
+    if options.tokens is not None and options.tokens < 1:
+        parser.error(f"tokens must be at least 1, got {options.tokens}")
+    options.problems = list(dict.fromkeys(known[name] for name in options.shapes))
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Count, print the table, write the file."""
+    options = _arguments(argv)
+    if options.markdown:
+        print(markdown(json.loads(COUNTS.read_text())["rows"]))
+        return
+    if not interpreting():  # Triton has decided when the kernels were decorated: start again
+        command = [sys.executable, "-m", "bench.open_tokens", *(sys.argv[1:] if argv is None else argv)]
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+    rows: list[Row] = []
+    table = Table(*_HEADINGS, title=f"Tokens proved by each step, configuration of sm_90, {H100.sms} SMs")
+    for problem in track(options.problems, "counting", console=Console(stderr=True), transient=True):
+        rows += rows_of(problem, options.tokens)
+        document = {
+            "benchmark": "open tokens",
+            "versions": versions(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "rows": rows,
+        }
+        if options.out:  # after every shape, so that an interrupted run keeps what is done
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    for row in rows:
+        table.add_row(*table_cells(row))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Modelled cost, on an H100, of what follows the scan: `refine` and `settle`, from counted tokens and moved bytes.
+
+Ordinary data: memory traffic only, each operand at the rate of L2 if all of it fits there and of device memory if not,
+and nothing overlaps. How many tokens need what comes from `bench/results/open_tokens.json`. Left out: launches, the
+latency of dependent loads, the last incomplete wave, what L1 saves, and arithmetic.
+
+Worst case, all codes equal: every token is open and `settle` walks through every bin, so arithmetic counts. The
+instructions per chunk of codes, from the machine code, are compared with those of a kernel that evaluates all
+codes in float64 and does nothing else. Left out: memory, whose scattered float64 loads burden both kernels alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+import triton.language as tl
+
+from bench.gpu.problems import MODELS, PUBLISHED, Problem
+from bench.issue_model import ALU_PIPE, H100, PairCost, modelled_time
+from bench.offline import Compiled, compile_offline
+from bench.sass_flow import read_flow
+from fastvq_kernels.configs import SPLIT_D, ScanConfig, padded_width, scan_config
+from fastvq_kernels.scan import splits
+from fastvq_kernels.settle import SHARES, block_k, exact_best
+
+COUNTS = Path(__file__).parent / "results" / "open_tokens.json"
+# Bytes per second and bytes. L2: reading up to 33 MB was measured at 6.8 to 7.1 TB/s on an H100 PCIe and at 9.5 to
+# 10 TB/s on an H200 (github.com/te42kyfo/gpu-benches, gpu-l2-cache/h100_pcie.txt and h200.txt); less is assumed, since
+# rows of a few sectors are not the whole lines of a benchmark. Device memory and size: NVIDIA's H100 SXM data sheet.
+L2_RATE, MEMORY_RATE, L2_BYTES = 5.5e12, 3.35e12, 50e6
+SECTOR = 32  # bytes, the smallest piece that L2 delivers
+BIN = 12  # bytes: best, rest and winner
+# half_sq and length of one code of a walked bin: two codes of a bin are neighbours and share a sector of each.
+_SCALARS = 2 * SECTOR // 2
+
+# Lanes per SM and clock, CUDA C++ Programming Guide (9.0): float64 64, conversions from and to 64-bit types 16;
+# 32 load-store units per SM: NVIDIA H100 whitepaper. Shuffles and shared memory pass through these as well.
+_PIPES: Mapping[str, tuple[int, frozenset[str]]] = {
+    "alu": (H100.alu_lanes, frozenset(ALU_PIPE)),
+    "float64": (64, frozenset({"DADD", "DMUL", "DFMA", "DSETP"})),
+    "conversion": (16, frozenset({"F2F"})),
+    "load-store": (32, frozenset({"LDG", "STG", "LDS", "STS", "SHFL"})),
+}
+
+
+def sm_90_config(dim: int) -> ScanConfig:
+    """The shipped configuration of the scan for ``dim`` columns on Hopper."""
+    return scan_config(_width(dim), "sm_90")
+
+
+def _width(dim: int) -> int:
+    return padded_width(3 * dim if dim <= SPLIT_D else dim)
+
+
+def ranges_on_gpu(problem: Problem, config: ScanConfig) -> int:
+    """Ranges of codes that the scan takes for this problem on an H100."""
+    programs = problem.heads * triton.cdiv(problem.tokens, config.block_m)
+    steps = triton.cdiv(problem.codes, config.block_n)
+    device = SimpleNamespace(multi_processor_count=H100.sms)
+    with patch.object(torch.cuda, "get_device_properties", return_value=device):
+        per_range = triton.cdiv(steps, splits(programs, steps, config.lanes, torch.device("cuda")))
+    return triton.cdiv(steps, per_range)
+
+
+def traffic_seconds(problem: Problem, counts: Mapping[str, Any]) -> dict[str, float]:
+    """Modelled seconds of `refine` and `settle` by what is read, for float32 tokens and codes.
+
+    counts: a row of `open_tokens.json` of this codebook size.
+    """
+    tokens = problem.heads * problem.tokens
+    config = sm_90_config(problem.dim)
+    bins = BIN * config.lanes * ranges_on_gpu(problem, config)  # bytes per token
+    row = SECTOR * triton.cdiv(4 * problem.dim, SECTOR)  # bytes of a token or code
+    n_open = tokens * counts["open"] / counts["tokens"]
+    n_two = tokens * counts["by_two"] / counts["tokens"] + n_open
+    walked = problem.codes * counts["walked_bins"] / max(1, counts["open"] * counts["bins"])  # codes per open token
+    of_bins, of_x, of_codes = _rate(tokens * bins), _rate(tokens * row), _rate(problem.heads * problem.codes * row)
+    return {
+        "bins": (tokens + SHARES * n_open) * bins / of_bins,
+        # norm in, G_k of the best code in, index out
+        "norm, G, index": tokens * (4 + SECTOR + 8) / L2_RATE,
+        "two codes": n_two * (row / of_x + 2 * (row + 2 * SECTOR) / of_codes),
+        "walk": n_open * (row / of_x + walked * (row + _SCALARS) / of_codes),
+        # A winner nearly always has one rival; both again in float64.
+        "float64": n_open * 2 * (row + SECTOR) / of_codes,
+    }
+
+
+def _rate(operand_bytes: float) -> float:
+    return L2_RATE if operand_bytes <= L2_BYTES else MEMORY_RATE
+
+
+def traffic_rows(costs: Mapping[int, PairCost]) -> Iterator[dict[str, Any]]:
+    """A row per shape: modelled scan, and what follows it, on Gaussian data; then the photographs.
+
+    costs: instructions per pair of the scan on sm_90, by width of the packed rows.
+    """
+    counted = json.loads(COUNTS.read_text())["rows"]
+    gaussian = {(row["codes"], row["dim"], row["metric"]): row for row in counted if row["data"] == "gaussian"}
+    cases = [(problem, gaussian[problem.codes, problem.dim, problem.metric]) for problem in (*PUBLISHED, *MODELS)]
+    for row in counted:
+        if row["data"] == "photos":
+            cases.append((Problem(row["name"], row["batch"], row["codes"], row["dim"]), row))
+    for problem, counts in cases:
+        config, width = sm_90_config(problem.dim), _width(problem.dim)
+        padded = problem.heads * triton.cdiv(problem.tokens, config.block_m) * config.block_m
+        codes = triton.cdiv(problem.codes, config.block_n) * config.block_n
+        scan = modelled_time(padded, codes, width, costs[width]).seconds
+        terms = traffic_seconds(problem, counts)
+        yield {
+            "kernel": "refine+settle model",
+            "target": "sm_90",
+            "shape": problem.name,
+            "size": problem.size,
+            "codes": problem.codes,
+            "D": problem.dim,
+            "data": counts["data"],
+            "scan_modelled_us": 1e6 * scan,
+            "refine_settle_modelled_us": 1e6 * sum(terms.values()),
+            "share_of_scan": sum(terms.values()) / scan,
+            "largest_term": max(terms, key=lambda term: terms[term]),
+        }
+
+
+@triton.jit
+def exact_scan_kernel(
+    tokens: tl.tensor,
+    codes: tl.tensor,
+    norms: tl.tensor,
+    half_sq: tl.tensor,
+    indices: tl.tensor,
+    K: tl.tensor,
+    D: tl.tensor,
+    BK: tl.constexpr,
+) -> None:
+    """One program evaluates all codes for one token in float64 and nothing else."""
+    i = tl.program_id(0).to(tl.int64)
+    best = tl.full([], float("inf"), tl.float64)
+    code = tl.full([], -1, tl.int64)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK).to(tl.int64)
+        best, code = exact_best(tokens + i * D, codes, norms, half_sq, o_k, o_k < K, best, code, D, "euclidean", BK)
+    tl.store(indices + i, code)
+
+
+def exact_scan(dim: int) -> Compiled:
+    """`exact_scan_kernel` for sm_90, with the chunks and warps of `settle`."""
+    pointers = {"tokens": "*fp32", "codes": "*fp32", "norms": "*fp64", "half_sq": "*fp32", "indices": "*i64"}
+    return compile_offline(
+        exact_scan_kernel,
+        signature={**pointers, "K": "i32", "D": "i32"},
+        constexprs={"BK": block_k(dim)},
+        target="sm_90",
+        num_warps=4,
+        num_stages=3,
+        options={"enable_fp_fusion": False},
+    )
+
+
+def chunk_clocks(compiled: Compiled, dim: int) -> tuple[float, float]:
+    """Clocks per thread and SM that one chunk of codes costs: pipes overlapped, and phase after phase.
+
+    A chunk is one pass of the smallest loop around other loops. Loops over columns in it are told apart by their
+    instructions: in float64 a pass takes as many columns as it has products, in float32 it takes 32.
+    """
+    flow = read_flow(compiled.assembly, compiled.name)
+    loops = flow.loops()
+    around = [head for head in loops if any(body < loops[head] for body in loops.values())]
+    chunk = loops[min(around, key=lambda head: len(loops[head]))]
+    phases: list[Counter[str]] = []
+    rest = set(chunk)
+    for body in loops.values():
+        if body < chunk:
+            counts = Counter(flow.opcodes[at].split(".")[0] for at in body)
+            if counts["DMUL"] == 1:
+                passes = 0  # what is left over of columns that are no multiple of four
+            else:
+                passes = dim // (counts["DMUL"] or 32)
+            phases.append(Counter({op: passes * n for op, n in counts.items()}))
+            rest -= body
+    phases.append(Counter(flow.opcodes[at].split(".")[0] for at in rest))
+    total = sum(phases, Counter())
+    return _clocks(total), sum(_clocks(phase) for phase in phases)
+
+
+def _clocks(counts: Counter[str]) -> float:
+    pipes = [sum(n for op, n in counts.items() if op in ops) / lanes for lanes, ops in _PIPES.values()]
+    return max(sum(counts.values()) / H100.issue_lanes, *pipes)
+
+
+def worst_case_row(settle: Compiled, dim: int) -> dict[str, Any]:
+    """`settle` with every token open and every bin walked, against the plain float64 scan; ratios of clocks."""
+    ours, plain = chunk_clocks(settle, dim), chunk_clocks(exact_scan(dim), dim)
+    return {
+        "kernel": "settle worst-case model",
+        "target": "sm_90",
+        "D": dim,
+        "ratio_overlapped": ours[0] / plain[0],
+        "ratio_serial": ours[1] / plain[1],
+    }
