@@ -4,9 +4,10 @@ The kernels themselves decide, in Triton's interpreter, with the configuration o
 GPU takes for the batch of the model (the largest of those that share a codebook size: fewer tokens mean more ranges and
 fewer open tokens). The counts do not depend on the machine. Three kinds of tokens and codes:
 
-    gaussian  standard normal, independent of each other: the hardest case
+    gaussian  standard normal, independent of each other
     near      Gaussian codes, tokens are codes plus noise of a tenth of their spread, as after training
-    photos    patches of the demo's photographs and a codebook trained on such patches
+    photos    patches of the demo's photographs and a codebook trained on such patches: in flat regions codes lie far
+              closer together than the rounding of their norms, the hardest case by far
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from bench.offline import Compiled, compile_offline
 from bench.sass_flow import read_flow
 from fastvq_kernels.configs import SPLIT_D, ScanConfig, padded_width, scan_config
 from fastvq_kernels.scan import splits
-from fastvq_kernels.settle import SHARES, block_k, exact_best
+from fastvq_kernels.settle import BLOCK_K, SHARES, exact_best
 
 COUNTS = Path(__file__).parent / "results" / "open_tokens.json"
 # Bytes per second and bytes. L2: reading up to 33 MB was measured at 6.8 to 7.1 TB/s on an H100 PCIe and at 9.5 to
@@ -157,7 +157,7 @@ def exact_scan(dim: int) -> Compiled:
     return compile_offline(
         exact_scan_kernel,
         signature={**pointers, "K": "i32", "D": "i32"},
-        constexprs={"BK": block_k(dim)},
+        constexprs={"BK": BLOCK_K},
         target="sm_90",
         num_warps=4,
         num_stages=3,

@@ -80,7 +80,7 @@ def make_data(shape: Shape, near: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Float32 tokens ``[N, D]`` and codes ``[K, D]``, both from the standard normal distribution.
 
     With ``near`` every token is a random code plus noise of a tenth of the codes' spread, as after training;
-    without it tokens and codes know nothing of each other, which is the hardest case for a search that prunes.
+    without it tokens and codes know nothing of each other.
     """
     generator = torch.Generator().manual_seed(seed)
     codebook = torch.randn(shape.codes, shape.dim, generator=generator)

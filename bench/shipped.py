@@ -16,14 +16,14 @@ from fastvq_kernels.scan import scan_kernel
 # Every argument that is not a float32 pointer.
 _TYPES = {
     **dict.fromkeys(
-        ("N", "N_pad", "K", "KP", "K_bias", "H", "S", "D", "width", "steps", "all_steps", "steps_per_split"), "i32"
+        ("N", "N_pad", "K", "KP", "K_bias", "S", "D", "width", "steps", "all_steps", "steps_per_split"), "i32"
     ),
     **dict.fromkeys(("indices", "open_list", "winners", "p_indices"), "*i64"),
     **dict.fromkeys(("winner", "winners_of_bins", "open_count", "p_counts"), "*i32"),
     **dict.fromkeys(("norms", "out"), "*fp64"),
     "half": "*fp16",
 }
-# Strides and padded sizes are multiples of 16 for the dimensions compiled here.
+# Padded sizes are multiples of 16 for the dimensions compiled here.
 _DIVISIBLE = {"N_pad", "KP", "K_bias"}
 PLAIN_TILE = 128
 
@@ -87,9 +87,9 @@ def other_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> It
         two = {"BT": 64, "SHIFT": True, "UNIT": False, **layout, **slack}
         yield dim, _compile(refine.refine_kernel, target, {**chunk, **two, **float32, **errors}, 4)
         shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES, "METRIC": "euclidean", "BN": config.block_n}
-        constexprs = {"BK": settle.block_k(dim), **chunk, **shares, **layout, **float32, **errors}
+        constexprs = {"BK": settle.BLOCK_K, **chunk, **shares, **layout, **float32, **errors}
         values = {"values": "*fp64"}
-        unfused = {"enable_fp_fusion": False}
+        unfused = {"enable_fp_fusion": False, **({} if target == "gfx942" else settle.CUDA_OPTIONS)}
         yield dim, _compile(settle.settle_kernel, target, constexprs, 4, types=values, options=unfused)
     shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES}
     yield 0, _compile(settle.merge_kernel, target, shares, 1, types={"values": "*fp64"})

@@ -116,9 +116,8 @@ def make_inputs(
         problem: sizes and dtype.
         device: where the numbers are drawn; those of a GPU differ from those of the CPU.
         buffers: how many different batches of tokens.
-        kind: ``"gaussian"``: standard normal numbers, tokens and codes independent, the hardest case for a search
-            that prunes; ``"offset"``: the same 30 standard deviations away from zero; ``"near"``: tokens are codes
-            with noise.
+        kind: ``"gaussian"``: standard normal numbers, tokens and codes independent; ``"offset"``: the same 30
+            standard deviations away from zero; ``"near"``: tokens are codes with noise.
         seed: of the generator.
     """
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -16,11 +16,10 @@ from .tokens import PackedTokens, ratio
 # settled by as many programs on an idle device.
 LEAD = 4096
 SHARES = 8
-
-
-def block_k(d: int) -> int:
-    """Codes evaluated at a time: 64, which does not spill, or 128 of a few columns, where 64 do."""
-    return 128 if d <= 8 else 64
+# Codes evaluated at a time.
+BLOCK_K = 64
+# Without it the assembler spills a few registers to make room for one program more on each SM.
+CUDA_OPTIONS = {"maxnreg": 255}
 
 
 @triton.jit
@@ -172,11 +171,11 @@ def settle(
         N, packed_tokens.norm.shape[1], codes.shape[1], D, bins.ranges, bins.steps,
         packed.half.shape[1] // config.block_n,
         LEAD=LEAD, SHARES=SHARES, METRIC=packed.metric,
-        D=D, BK=block_k(D), BD=min(max(8, triton.next_power_of_2(D)), 32), BN=config.block_n, LANES=config.lanes,
+        D=D, BK=BLOCK_K, BD=min(max(8, triton.next_power_of_2(D)), 32), BN=config.block_n, LANES=config.lanes,
         TILE=TOKEN_TILE, WIDE_X=x.dtype == torch.float64, WIDE_E=codes.dtype == torch.float64,
         CERTIFIED=D <= bounds.MAX_CERTIFIED_D, E=bounds.refinement(D, 32) * bounds.UP,
         UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0, ORACLE=2 * bounds.ORACLE, UP=bounds.UP,
-        enable_fp_fusion=False,
+        enable_fp_fusion=False, **(CUDA_OPTIONS if cuda and not torch.version.hip else {}),
     )  # fmt: skip
     merge_kernel[(min(programs, lead),)](
         indices, left.tokens, left.count, values, winners, LEAD=LEAD, SHARES=SHARES, num_warps=1
