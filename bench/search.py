@@ -108,7 +108,7 @@ def report(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "benchmark": "search",
         "device": device_name(torch.device("cpu")),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": versions() | {row["contender"]: row["version"] for row in rows if row["version"]},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -27,7 +27,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions, date and state of the sources, for the head of a report."""
     found: dict[str, Any] = {
         "device": device_name(device),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "versions": versions() | {"cuda": torch.version.cuda or "none"},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
