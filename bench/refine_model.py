@@ -1,18 +1,13 @@
 """Modelled cost, on an H100, of what follows the scan: `refine` and `settle`, from counted tokens and moved bytes.
 
-Ordinary data: memory traffic only, each operand at the rate of L2 if all of it fits there and of device memory if not,
+Memory traffic only, each operand at the rate of L2 if all of it fits there and of device memory if not,
 and nothing overlaps. How many tokens need what comes from `bench/results/open_tokens.json`. Left out: launches, the
 latency of dependent loads, the last incomplete wave, what L1 saves, and arithmetic.
-
-Worst case, all codes equal: every token is open and `settle` walks through every bin, so arithmetic counts. The
-instructions per chunk of codes, from the machine code, are compared with those of a kernel that evaluates all
-codes in float64 and does nothing else. Left out: memory, whose scattered float64 loads burden both kernels alike.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +16,12 @@ from unittest.mock import patch
 
 import torch
 import triton
-import triton.language as tl
 
 from bench.gpu.problems import MODELS, PUBLISHED, Problem
-from bench.issue_model import ALU_PIPE, H100, PairCost, modelled_time
-from bench.offline import Compiled, compile_offline
-from bench.sass_flow import read_flow
+from bench.issue_model import H100, PairCost, modelled_time
 from fastvq_kernels.configs import SPLIT_D, ScanConfig, padded_width, scan_config
 from fastvq_kernels.scan import splits
-from fastvq_kernels.settle import BLOCK_K, SHARES, exact_best
+from fastvq_kernels.settle import SHARES
 
 COUNTS = Path(__file__).parent / "results" / "open_tokens.json"
 # Bytes per second and bytes. L2: reading up to 33 MB was measured at 6.8 to 7.1 TB/s on an H100 PCIe and at 9.5 to
@@ -40,15 +32,6 @@ SECTOR = 32  # bytes, the smallest piece that L2 delivers
 BIN = 12  # bytes: best, rest and winner
 # half_sq and length of one code of a walked bin: two codes of a bin are neighbours and share a sector of each.
 _SCALARS = 2 * SECTOR // 2
-
-# Lanes per SM and clock, CUDA C++ Programming Guide (9.0): float64 64, conversions from and to 64-bit types 16;
-# 32 load-store units per SM: NVIDIA H100 whitepaper. Shuffles and shared memory pass through these as well.
-_PIPES: Mapping[str, tuple[int, frozenset[str]]] = {
-    "alu": (H100.alu_lanes, frozenset(ALU_PIPE)),
-    "float64": (64, frozenset({"DADD", "DMUL", "DFMA", "DSETP"})),
-    "conversion": (16, frozenset({"F2F"})),
-    "load-store": (32, frozenset({"LDG", "STG", "LDS", "STS", "SHFL"})),
-}
 
 
 def sm_90_config(dim: int) -> ScanConfig:
@@ -128,81 +111,3 @@ def traffic_rows(costs: Mapping[int, PairCost]) -> Iterator[dict[str, Any]]:
             "share_of_scan": sum(terms.values()) / scan,
             "largest_term": max(terms, key=lambda term: terms[term]),
         }
-
-
-@triton.jit
-def exact_scan_kernel(
-    tokens: tl.tensor,
-    codes: tl.tensor,
-    norms: tl.tensor,
-    half_sq: tl.tensor,
-    indices: tl.tensor,
-    K: tl.tensor,
-    D: tl.tensor,
-    BK: tl.constexpr,
-) -> None:
-    """One program evaluates all codes for one token in float64 and nothing else."""
-    i = tl.program_id(0).to(tl.int64)
-    best = tl.full([], float("inf"), tl.float64)
-    code = tl.full([], -1, tl.int64)
-    for k in range(0, K, BK):
-        o_k = k + tl.arange(0, BK).to(tl.int64)
-        best, code = exact_best(tokens + i * D, codes, norms, half_sq, o_k, o_k < K, best, code, D, "euclidean", BK)
-    tl.store(indices + i, code)
-
-
-def exact_scan(dim: int) -> Compiled:
-    """`exact_scan_kernel` for sm_90, with the chunks and warps of `settle`."""
-    pointers = {"tokens": "*fp32", "codes": "*fp32", "norms": "*fp64", "half_sq": "*fp32", "indices": "*i64"}
-    return compile_offline(
-        exact_scan_kernel,
-        signature={**pointers, "K": "i32", "D": "i32"},
-        constexprs={"BK": BLOCK_K},
-        target="sm_90",
-        num_warps=4,
-        num_stages=3,
-        options={"enable_fp_fusion": False},
-    )
-
-
-def chunk_clocks(compiled: Compiled, dim: int) -> tuple[float, float]:
-    """Clocks per thread and SM that one chunk of codes costs: pipes overlapped, and phase after phase.
-
-    A chunk is one pass of the smallest loop around other loops. Loops over columns in it are told apart by their
-    instructions: in float64 a pass takes as many columns as it has products, in float32 it takes 32.
-    """
-    flow = read_flow(compiled.assembly, compiled.name)
-    loops = flow.loops()
-    around = [head for head in loops if any(body < loops[head] for body in loops.values())]
-    chunk = loops[min(around, key=lambda head: len(loops[head]))]
-    phases: list[Counter[str]] = []
-    rest = set(chunk)
-    for body in loops.values():
-        if body < chunk:
-            counts = Counter(flow.opcodes[at].split(".")[0] for at in body)
-            if counts["DMUL"] == 1:
-                passes = 0  # what is left over of columns that are no multiple of four
-            else:
-                passes = dim // (counts["DMUL"] or 32)
-            phases.append(Counter({op: passes * n for op, n in counts.items()}))
-            rest -= body
-    phases.append(Counter(flow.opcodes[at].split(".")[0] for at in rest))
-    total = sum(phases, Counter())
-    return _clocks(total), sum(_clocks(phase) for phase in phases)
-
-
-def _clocks(counts: Counter[str]) -> float:
-    pipes = [sum(n for op, n in counts.items() if op in ops) / lanes for lanes, ops in _PIPES.values()]
-    return max(sum(counts.values()) / H100.issue_lanes, *pipes)
-
-
-def worst_case_row(settle: Compiled, dim: int) -> dict[str, Any]:
-    """`settle` with every token open and every bin walked, against the plain float64 scan; ratios of clocks."""
-    ours, plain = chunk_clocks(settle, dim), chunk_clocks(exact_scan(dim), dim)
-    return {
-        "kernel": "settle worst-case model",
-        "target": "sm_90",
-        "D": dim,
-        "ratio_overlapped": ours[0] / plain[0],
-        "ratio_serial": ours[1] / plain[1],
-    }

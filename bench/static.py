@@ -19,8 +19,9 @@ from rich.table import Table
 from bench.issue_model import H100, PairCost, modelled_time, slots_per_pair
 from bench.main_loop import code_tile_loop, main_loop
 from bench.offline import TARGETS, Compiled
-from bench.refine_model import COUNTS, traffic_rows, worst_case_row
+from bench.refine_model import COUNTS, traffic_rows
 from bench.shipped import PLAIN_TILE, other_kernels, plain, scan
+from bench.worst_case_model import worst_case_row
 
 # Widths of packed rows, with a dimension that has them.
 SCANS = {16: 4, 32: 8, 64: 64, 128: 128, 192: 192, 256: 256, 512: 512, 1024: 1024}
