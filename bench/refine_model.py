@@ -19,7 +19,7 @@ import triton
 
 from bench.gpu.problems import MODELS, PUBLISHED, Problem
 from bench.issue_model import H100, PairCost, modelled_time
-from fastvq_kernels.configs import SPLIT_D, ScanConfig, padded_width, scan_config
+from fastvq_kernels.configs import ScanConfig, packed_width, scan_config
 from fastvq_kernels.scan import splits
 from fastvq_kernels.settle import SHARES
 
@@ -36,11 +36,7 @@ _SCALARS = 2 * SECTOR // 2
 
 def sm_90_config(dim: int) -> ScanConfig:
     """The shipped configuration of the scan for ``dim`` columns on Hopper."""
-    return scan_config(_width(dim), "sm_90")
-
-
-def _width(dim: int) -> int:
-    return padded_width(3 * dim if dim <= SPLIT_D else dim)
+    return scan_config(packed_width(dim), "sm_90")
 
 
 def ranges_on_gpu(problem: Problem, config: ScanConfig) -> int:
@@ -93,7 +89,7 @@ def traffic_rows(costs: Mapping[int, PairCost]) -> Iterator[dict[str, Any]]:
         if row["data"] == "photos":
             cases.append((Problem(row["name"], row["batch"], row["codes"], row["dim"]), row))
     for problem, counts in cases:
-        config, width = sm_90_config(problem.dim), _width(problem.dim)
+        config, width = sm_90_config(problem.dim), packed_width(problem.dim)
         padded = problem.heads * triton.cdiv(problem.tokens, config.block_m) * config.block_m
         codes = triton.cdiv(problem.codes, config.block_n) * config.block_n
         scan = modelled_time(padded, codes, width, costs[width]).seconds

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import triton
-
 from bench.offline import Compiled, compile_offline
 from bench.plain_kernels import max_with_index
 from fastvq_kernels import accumulate, bounds, norms, pack, refine, settle, tokens
-from fastvq_kernels.configs import ACCUMULATE, SPLIT_D, TOKEN_TILE, ScanConfig, padded_width, scan_config
+from fastvq_kernels.configs import ACCUMULATE, SPLIT_D, TOKEN_TILE, ScanConfig, column_chunk, packed_width, scan_config
 from fastvq_kernels.scan import scan_kernel
 
 # Every argument that is not a float32 pointer.
@@ -70,9 +68,9 @@ def other_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> It
     """Everything but the scan, for tokens and codes in float32."""
     for dim in dims:
         split = dim <= SPLIT_D
-        width = padded_width(3 * dim if split else dim)
+        width = packed_width(dim)
         config = scan_config(width, target)
-        chunk = {"D": dim, "BD": min(max(8, triton.next_power_of_2(dim)), 32)}
+        chunk = {"D": dim, "BD": column_chunk(dim)}
         packing = {"D": dim, "DP": width, "BD": min(width, 32), "SPLIT": split}
         measured = {"INFLATE": bounds.norm_inflation(dim), "TINY": bounds.TINY}
         float32 = {"WIDE_X": False, "WIDE_E": False, "CERTIFIED": True}

@@ -22,7 +22,7 @@ from bench.gpu.stage import Stage, run_stage
 from bench.gpu.summary import failures, summary
 from bench.gpu.timing import Clock, stage_name
 from bench.gpu.workers import Workers
-from fastvq_kernels.configs import TOKEN_TILE
+from fastvq_kernels.configs import TOKEN_TILE, packed_width
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -195,7 +195,7 @@ def test_variations_are_valid_and_begin_with_the_default():
         assert configs[0] == sweep.scan_config(width)
         assert len(set(configs)) == len(configs) > 10
         assert all(TOKEN_TILE % config.block_m == 0 for config in configs)
-        assert sweep.packed_width(sweep.WIDTHS[width]) == width
+        assert packed_width(sweep.WIDTHS[width]) == width
 
 
 def test_variations_follow_the_fields_of_the_configuration(monkeypatch):

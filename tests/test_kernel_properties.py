@@ -10,7 +10,7 @@ from strategies import problems
 
 import fastvq
 from fastvq import reference
-from fastvq_kernels.configs import SPLIT_D, ScanConfig, padded_width, scan_config
+from fastvq_kernels.configs import ScanConfig, packed_width, scan_config
 from fastvq_kernels.pack import pack_codebook
 from fastvq_kernels.search import certified_search, nearest_code
 
@@ -62,7 +62,7 @@ def test_indices_do_not_depend_on_the_batch_split(problem, step):
 def test_indices_do_not_depend_on_the_layout(layout, problem):
     x, codebook, metric = problem
     d = x.shape[1]
-    width = padded_width(3 * d if d <= SPLIT_D else d)
+    width = packed_width(d)
     config = replace(layout, block_d=scan_config(width).block_d)
     indices, _ = certified_search(x[None], pack_codebook(codebook, metric, config))
     assert torch.equal(indices[0], reference.nearest_code(x, codebook, metric))

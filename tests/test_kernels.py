@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastvq import reference
-from fastvq_kernels.configs import SPLIT_D, TARGETS, padded_width, scan_config
+from fastvq_kernels.configs import TARGETS, packed_width, scan_config
 from fastvq_kernels.pack import pack_codebook
 from fastvq_kernels.search import certified_search, nearest_code
 
@@ -133,7 +133,7 @@ def test_indices_do_not_depend_on_the_configuration(d, target):
     x, codebook = torch.randn(40, d), torch.randn(300, d)
     codebook[7] = codebook[250]
     x[3] = codebook[7]
-    config = scan_config(padded_width(3 * d if d <= SPLIT_D else d), target)
+    config = scan_config(packed_width(d), target)
     indices, n_open = certified_search(x[None], pack_codebook(codebook, config=config))
     assert torch.equal(indices[0], reference.nearest_code(x, codebook))
     assert n_open <= 3

@@ -84,7 +84,7 @@ def record(families):
     from triton.runtime import jit
 
     from fastvq_kernels.accumulate import code_statistics
-    from fastvq_kernels.configs import SPLIT_D, padded_width, scan_config
+    from fastvq_kernels.configs import packed_width, scan_config
     from fastvq_kernels.pack import pack_codebook
     from fastvq_kernels.search import certified_search
 
@@ -98,7 +98,7 @@ def record(families):
 
     jit.JITFunction.run = run
     for dim, dtype, metric, target in families:
-        config = scan_config(padded_width(3 * dim if dim <= SPLIT_D else dim), target)
+        config = scan_config(packed_width(dim), target)
         launched = {}
         for name, x, codebook in problems(dim, getattr(torch, dtype)):
             found.clear()

@@ -14,7 +14,7 @@ import fastvq
 from bench.gpu.contenders import with_heads
 from bench.gpu.problems import MODELS, PUBLISHED, Problem, make_inputs, tiny
 from bench.gpu.stage import Row, Stage
-from bench.gpu.sweep import packed_width, variations
+from bench.gpu.sweep import variations
 from bench.gpu.workers import Workers
 from fastvq.cases import adversarial_cases
 from fastvq.verify import judge_all
@@ -131,6 +131,7 @@ def _judge_sampled(task: _Sampled) -> Row:
 
 def _other_ways(task: _Sampled, x: Tensor, codebook: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The same search in parts of the batch and with other launch configurations."""
+    from fastvq_kernels.configs import packed_width
     from fastvq_kernels.pack import pack_codebook
     from fastvq_kernels.search import certified_search
 

@@ -14,7 +14,7 @@ from bench.gpu.problems import Problem, make_inputs, tiny
 from bench.gpu.stage import Row, Stage
 from bench.gpu.timing import Clock, compiled_versions, kernels_of, seconds_row
 from bench.gpu.workers import Outcome, Workers, describe
-from fastvq_kernels.configs import TOKEN_TILE, ScanConfig, padded_width, scan_config
+from fastvq_kernels.configs import TOKEN_TILE, ScanConfig, scan_config
 
 # A dimension for each width, the most valuable widths first.
 WIDTHS = {64: 64, 128: 128, 16: 4, 32: 8, 256: 256, 512: 512, 192: 192, 1024: 1024}
@@ -57,13 +57,6 @@ class _Task(NamedTuple):
     problem: Problem
     config: ScanConfig
     device: torch.device
-
-
-def packed_width(dim: int) -> int:
-    """Columns of the packed rows of ``dim`` coordinates, as the default configuration is looked up."""
-    from fastvq_kernels import configs
-
-    return padded_width(3 * dim if dim <= configs.SPLIT_D else dim)
 
 
 def variations(width: int) -> list[ScanConfig]:

@@ -33,6 +33,16 @@ def padded_width(d: int) -> int:
     return max(16, triton.next_power_of_2(d)) if d <= 64 else triton.cdiv(d, 64) * 64
 
 
+def packed_width(d: int) -> int:
+    """Columns of the packed rows of d columns, or of the three products that stand for them."""
+    return padded_width(3 * d if d <= SPLIT_D else d)
+
+
+def column_chunk(d: int) -> int:
+    """Columns that are evaluated at a time in fp32."""
+    return min(max(8, triton.next_power_of_2(d)), 32)
+
+
 def current_target() -> str:
     """The entry for this machine; the interpreter and unknown devices use that of sm_80."""
     if not torch.cuda.is_available():

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
-from .configs import SPLIT_D, ScanConfig, padded_width, scan_config
+from .configs import SPLIT_D, ScanConfig, packed_width, scan_config
 from .dense import dense
 from .norms import code_norms
 
@@ -117,7 +117,7 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     codes = dense(codebook if codebook.ndim == 3 else codebook[None])
     H, K, D = codes.shape
     split = D <= SPLIT_D
-    DP = padded_width(3 * D if split else D)
+    DP = packed_width(D)
     config = config or scan_config(DP)
     KP = triton.cdiv(K, config.block_n) * config.block_n
     device = codes.device

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
-from .configs import TOKEN_TILE
+from .configs import TOKEN_TILE, column_chunk
 from .pack import PackedCodebook, load_code
 from .scan import Bins
 from .tokens import PackedTokens, load_shifted, ratio
@@ -184,7 +184,7 @@ def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins:
         packed_tokens.norm, packed.bias, packed.half_sq, packed.length, packed.mean_sq,
         bins.best, bins.rest, bins.winner, indices, left.tokens, left.line, left.count,
         N, packed_tokens.norm.shape[1], K, packed.bias.shape[1], bins.ranges,
-        D=D, BT=block_t, BD=min(max(8, triton.next_power_of_2(D)), 32), LANES=packed.config.lanes, TILE=TOKEN_TILE,
+        D=D, BT=block_t, BD=column_chunk(D), LANES=packed.config.lanes, TILE=TOKEN_TILE,
         SHIFT=packed.metric == "euclidean", WIDE_X=x.dtype == torch.float64,
         WIDE_E=packed.codes.dtype == torch.float64, UNIT=packed.metric == "cosine",
         CERTIFIED=D <= bounds.MAX_CERTIFIED_D, SLACK=(2.0 + bounds.accumulation(DP)) * bounds.UP,

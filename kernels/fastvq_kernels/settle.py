@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
-from .configs import TOKEN_TILE
+from .configs import TOKEN_TILE, column_chunk
 from .pack import PackedCodebook
 from .refine import Open, below, code_bounds
 from .scan import Bins, code_at
@@ -171,7 +171,7 @@ def settle(
         N, packed_tokens.norm.shape[1], codes.shape[1], D, bins.ranges, bins.steps,
         packed.half.shape[1] // config.block_n,
         LEAD=LEAD, SHARES=SHARES, METRIC=packed.metric,
-        D=D, BK=BLOCK_K, BD=min(max(8, triton.next_power_of_2(D)), 32), BN=config.block_n, LANES=config.lanes,
+        D=D, BK=BLOCK_K, BD=column_chunk(D), BN=config.block_n, LANES=config.lanes,
         TILE=TOKEN_TILE, WIDE_X=x.dtype == torch.float64, WIDE_E=codes.dtype == torch.float64,
         CERTIFIED=D <= bounds.MAX_CERTIFIED_D, E=bounds.refinement(D, 32) * bounds.UP,
         UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0, ORACLE=2 * bounds.ORACLE, UP=bounds.UP,
