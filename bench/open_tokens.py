@@ -40,8 +40,11 @@ from fastvq.photos import PatchSampler, load_photos, to_tokens
 from fastvq_kernels import bounds
 from fastvq_kernels import scan as scan_module
 from fastvq_kernels.configs import TOKEN_TILE
+from fastvq_kernels.decide import Hard, decide
+from fastvq_kernels.open import CANDIDATES
 from fastvq_kernels.pack import PackedCodebook, pack_codebook
-from fastvq_kernels.refine import Open, refine
+from fastvq_kernels.refine import refine
+from fastvq_kernels.rescan import rescan
 from fastvq_kernels.scan import Bins
 from fastvq_kernels.tokens import PackedTokens, pack_tokens
 
@@ -60,11 +63,12 @@ _TRAINING_STEPS = 30
 
 
 def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
-    """Scan and refine ``x [N, D]`` against ``codebook [K, D]``, and count who proves what.
+    """Search for ``x [N, D]`` in ``codebook [K, D]``, and count which step proves what.
 
     Returns:
         ``by_scan`` tokens proved by the bounds of the scan alone, ``by_two`` by the fp32 values of their two best
-        codes, ``open`` left for `settle`. Over all open tokens: ``walked_bins`` that `settle` walks through and
+        codes, ``open`` scanned again. Of these, ``hard`` have more ``candidates`` than there is room for; the others
+        have that many together. Over all hard tokens: ``walked_bins`` that `settle` walks through and
         ``single_bins`` of which it evaluates one code. A token has ``bins`` in all.
     """
     packed = pack_codebook(codebook, metric, sm_90_config(x.shape[1]))
@@ -76,20 +80,24 @@ def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
     # bounds of the scan prove. They do not contain this length.
     blind, _ = refine(x[None], replace(packed, length=torch.full_like(packed.length, torch.inf)), tokens, bins)
     by_scan, proved = int((blind >= 0).sum()), int((indices >= 0).sum())
-    walked, single = _bins_of_open(packed, tokens, bins, left)
+    hard = decide(x[None], packed, left, rescan(packed, tokens, left), indices)
+    walked, single = _bins_of_hard(packed, tokens, bins, hard)
+    found = left.found[0, : int(left.count)]
     return {
         "tokens": len(x),
         "by_scan": by_scan,
         "by_two": proved - by_scan,
         "open": int(left.count),
+        "candidates": int(found[found <= CANDIDATES].sum()),
+        "hard": int(hard.count),
         "bins": bins.ranges * packed.config.lanes,
         "walked_bins": walked,
         "single_bins": single,
     }
 
 
-def _bins_of_open(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Open) -> tuple[int, int]:
-    """Bins of the open tokens that `settle_kernel` walks through, and those of which one code reaches its line."""
+def _bins_of_hard(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Hard) -> tuple[int, int]:
+    """Bins of the hard tokens that `settle_kernel` walks through, and those of which one code reaches its line."""
     at = left.tokens[: int(left.count)]
     line = left.line[: int(left.count)]
     scale, norm = tokens.scale[0, at // TOKEN_TILE], tokens.norm[0, at]
@@ -146,14 +154,15 @@ def rows_of(problem: Problem, tokens: int | None) -> list[Row]:
 
 
 def table_cells(row: Row) -> list[str]:
-    """Name, K×D, data and the shares in percent; of the open tokens, also the share of the codes that are walked."""
-    shares = [f"{100 * row[kind] / row['tokens']:.2f}" for kind in ("by_scan", "by_two", "open")]
-    walked = f"{100 * row['walked_bins'] / (row['open'] * row['bins']):.1f}" if row["open"] else "-"
+    """Name, K×D, data and the shares in percent; then candidates per open token that is not hard."""
+    shares = [f"{100 * row[kind] / row['tokens']:.2f}" for kind in ("by_scan", "by_two", "open", "hard")]
+    few = row["open"] - row["hard"]
+    candidates = f"{row['candidates'] / few:.1f}" if few else "-"
     metric = " cosine" if row["metric"] == "cosine" else ""
-    return [row["name"], f"{row['codes']}×{row['dim']}{metric}", row["data"], str(row["tokens"]), *shares, walked]
+    return [row["name"], f"{row['codes']}×{row['dim']}{metric}", row["data"], str(row["tokens"]), *shares, candidates]
 
 
-_HEADINGS = ("shape", "K×D", "data", "tokens", "% by the scan", "% by two codes", "% open", "% of K walked")
+_HEADINGS = ("shape", "K×D", "data", "tokens", "% by the scan", "% by two codes", "% open", "% hard", "candidates")
 
 
 def markdown(rows: Sequence[Row]) -> str:

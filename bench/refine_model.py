@@ -1,13 +1,16 @@
-"""Modelled cost, on an H100, of what follows the scan: `refine` and `settle`, from counted tokens and moved bytes.
+"""Modelled cost, on an H100, of what follows the scan: refinement, the second scan and the last decisions.
 
-Memory traffic only, each operand at the rate of L2 if all of it fits there and of device memory if not,
-and nothing overlaps. How many tokens need what comes from `bench/results/open_tokens.json`. Left out: launches, the
-latency of dependent loads, the last incomplete wave, what L1 saves, and arithmetic.
+The second scan as the first, by instructions and matrix products of its tiles of open tokens, or by its reading of the
+codes where that takes longer. All else by memory traffic alone: each operand at the rate of L2 if all of
+it fits there and of device memory if not. Nothing overlaps. How many tokens need what comes from
+`bench/results/open_tokens.json`. Left out: launches, the latency of dependent loads, the last incomplete wave, what
+L1 saves.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ import triton
 
 from bench.gpu.problems import MODELS, PUBLISHED, Problem
 from bench.issue_model import H100, PairCost, modelled_time
-from fastvq_kernels.configs import ScanConfig, packed_width, scan_config
+from fastvq_kernels.configs import SPLIT_D, ScanConfig, packed_width, rescan_config, scan_config
 from fastvq_kernels.scan import splits
 from fastvq_kernels.settle import SHARES
 
@@ -49,27 +52,43 @@ def ranges_on_gpu(problem: Problem, config: ScanConfig) -> int:
     return triton.cdiv(steps, per_range)
 
 
-def traffic_seconds(problem: Problem, counts: Mapping[str, Any]) -> dict[str, float]:
-    """Modelled seconds of `refine` and `settle` by what is read, for float32 tokens and codes.
+def products(dim: int) -> int:
+    """Columns that the second scan multiplies for tokens of ``dim`` columns."""
+    return packed_width(dim) * (1 if dim <= SPLIT_D else 3)
 
-    counts: a row of `open_tokens.json` of this codebook size.
+
+def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCost) -> dict[str, float]:
+    """Modelled seconds by step, for float32 tokens and codes.
+
+    counts: a row of `open_tokens.json` of this codebook size. cost: instructions of the second scan.
     """
     tokens = problem.heads * problem.tokens
     config = sm_90_config(problem.dim)
+    tiles = rescan_config("sm_90")
     bins = BIN * config.lanes * ranges_on_gpu(problem, config)  # bytes per token
     row = SECTOR * triton.cdiv(4 * problem.dim, SECTOR)  # bytes of a token or code
+    half = 2 * packed_width(problem.dim)  # bytes of one fp16 part of it
     n_open = tokens * counts["open"] / counts["tokens"]
     n_two = tokens * counts["by_two"] / counts["tokens"] + n_open
-    walked = problem.codes * counts["walked_bins"] / max(1, counts["open"] * counts["bins"])  # codes per open token
+    n_hard = tokens * counts["hard"] / counts["tokens"]
+    candidates = tokens * counts["candidates"] / counts["tokens"]
+    walked = problem.codes * counts["walked_bins"] / max(1, counts["hard"] * counts["bins"])  # codes per hard token
     of_bins, of_x, of_codes = _rate(tokens * bins), _rate(tokens * row), _rate(problem.heads * problem.codes * row)
+    full_tiles = problem.heads * triton.cdiv(math.ceil(n_open / problem.heads), tiles.block_m)
+    codes = triton.cdiv(problem.codes, tiles.block_n) * tiles.block_n
+    parts = products(problem.dim) // packed_width(problem.dim)
+    read = full_tiles * codes * min(parts, 2) * half / L2_RATE
+    multiplied = modelled_time(full_tiles * tiles.block_m, codes, products(problem.dim), cost).seconds
     return {
-        "bins": (tokens + SHARES * n_open) * bins / of_bins,
+        "bins": (tokens + SHARES * n_hard) * bins / of_bins,
         # norm in, G_k of the best code in, index out
         "norm, G, index": tokens * (4 + SECTOR + 8) / L2_RATE,
         "two codes": n_two * (row / of_x + 2 * (row + 2 * SECTOR) / of_codes),
-        "walk": n_open * (row / of_x + walked * (row + _SCALARS) / of_codes),
+        "second parts": n_open * (row / of_x + 2 * half / L2_RATE),
+        "second scan": max(read, multiplied),
+        "candidates": n_open * (row / of_x + SECTOR / L2_RATE) + candidates * (row + SECTOR) / of_codes,
         # A winner nearly always has one rival; both again in float64.
-        "float64": n_open * 2 * (row + SECTOR) / of_codes,
+        "walk": n_hard * (row / of_x + (walked * (row + _SCALARS) + 2 * (row + SECTOR)) / of_codes),
     }
 
 
@@ -77,13 +96,15 @@ def _rate(operand_bytes: float) -> float:
     return L2_RATE if operand_bytes <= L2_BYTES else MEMORY_RATE
 
 
-def traffic_rows(costs: Mapping[int, PairCost]) -> Iterator[dict[str, Any]]:
+def traffic_rows(costs: Mapping[int, PairCost], rescan_costs: Mapping[int, PairCost]) -> Iterator[dict[str, Any]]:
     """A row per shape: modelled scan, and what follows it, on Gaussian data; then the photographs.
 
-    costs: instructions per pair of the scan on sm_90, by width of the packed rows.
+    costs: instructions per pair of the scan on sm_90, by width of the packed rows. rescan_costs: of the second scan,
+    by a dimension for each width and number of products.
     """
     counted = json.loads(COUNTS.read_text())["rows"]
     gaussian = {(row["codes"], row["dim"], row["metric"]): row for row in counted if row["data"] == "gaussian"}
+    second = {(packed_width(dim), products(dim)): cost for dim, cost in rescan_costs.items()}
     cases = [(problem, gaussian[problem.codes, problem.dim, problem.metric]) for problem in (*PUBLISHED, *MODELS)]
     for row in counted:
         if row["data"] == "photos":
@@ -93,9 +114,9 @@ def traffic_rows(costs: Mapping[int, PairCost]) -> Iterator[dict[str, Any]]:
         padded = problem.heads * triton.cdiv(problem.tokens, config.block_m) * config.block_m
         codes = triton.cdiv(problem.codes, config.block_n) * config.block_n
         scan = modelled_time(padded, codes, width, costs[width]).seconds
-        terms = traffic_seconds(problem, counts)
+        terms = seconds_after_scan(problem, counts, second[width, products(problem.dim)])
         yield {
-            "kernel": "refine+settle model",
+            "kernel": "after-scan model",
             "target": "sm_90",
             "shape": problem.name,
             "size": problem.size,
@@ -103,7 +124,7 @@ def traffic_rows(costs: Mapping[int, PairCost]) -> Iterator[dict[str, Any]]:
             "D": problem.dim,
             "data": counts["data"],
             "scan_modelled_us": 1e6 * scan,
-            "refine_settle_modelled_us": 1e6 * sum(terms.values()),
+            "after_scan_modelled_us": 1e6 * sum(terms.values()),
             "share_of_scan": sum(terms.values()) / scan,
             "largest_term": max(terms, key=lambda term: terms[term]),
         }

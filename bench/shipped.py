@@ -5,21 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import triton
+
 from bench.offline import Compiled, compile_offline
 from bench.plain_kernels import max_with_index
-from fastvq_kernels import accumulate, bounds, norms, pack, refine, settle, tokens
-from fastvq_kernels.configs import ACCUMULATE, SPLIT_D, TOKEN_TILE, ScanConfig, column_chunk, packed_width, scan_config
+from fastvq_kernels import accumulate, bounds, decide, frame, norms, pack, refine, settle, tokens
+from fastvq_kernels.configs import (
+    ACCUMULATE,
+    ALL_REGISTERS,
+    SPLIT_D,
+    TOKEN_TILE,
+    RescanConfig,
+    ScanConfig,
+    column_chunk,
+    packed_width,
+    rescan_config,
+    scan_config,
+)
+from fastvq_kernels.open import CANDIDATES
+from fastvq_kernels.rescan import rescan_kernel
 from fastvq_kernels.scan import scan_kernel
 
 # Every argument that is not a float32 pointer.
 _TYPES = {
     **dict.fromkeys(
-        ("N", "N_pad", "K", "KP", "K_bias", "S", "D", "width", "steps", "all_steps", "steps_per_split"), "i32"
+        ("N", "N_pad", "K", "KP", "K_bias", "S", "D", "width", "parts", "steps", "all_steps", "steps_per_split"), "i32"
     ),
-    **dict.fromkeys(("indices", "open_list", "winners", "p_indices"), "*i64"),
-    **dict.fromkeys(("winner", "winners_of_bins", "open_count", "p_counts"), "*i32"),
+    **dict.fromkeys(("indices", "open_tokens", "hard_tokens", "winners", "p_indices"), "*i64"),
+    **dict.fromkeys(
+        ("winner", "winners_of_bins", "open_count", "hard_count", "found", "candidates", "p_counts"), "*i32"
+    ),
     **dict.fromkeys(("norms", "out"), "*fp64"),
-    "half": "*fp16",
+    **dict.fromkeys(("half", "rows", "low", "codes_low"), "*fp16"),
 }
 # Padded sizes are multiples of 16 for the dimensions compiled here.
 _DIVISIBLE = {"N_pad", "KP", "K_bias"}
@@ -64,31 +81,70 @@ def plain(target: str) -> Compiled:
     )
 
 
+def rescan(target: str, dim: int) -> tuple[Compiled, RescanConfig]:
+    """The second scan for tokens of ``dim`` columns."""
+    width = packed_width(dim)
+    config = rescan_config(target)
+    constexprs = {
+        "D": width,
+        "BD": min(width, bounds.CHUNK),
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "CANDIDATES": CANDIDATES,
+        "SPLIT": dim <= SPLIT_D,
+        "RESIDENT": width <= config.resident,
+        "STAGES": config.num_stages,
+    }
+    options = {} if target == "gfx942" else ALL_REGISTERS
+    compiled = _compile(rescan_kernel, target, constexprs, config.num_warps, types={"codes": "*fp16"}, options=options)
+    return compiled, config
+
+
 def other_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> Iterator[tuple[int, Compiled]]:
-    """Everything but the scan, for tokens and codes in float32."""
+    """Everything but the two scans, for tokens and codes in float32."""
+    unfused = {"enable_fp_fusion": False}
     for dim in dims:
         split = dim <= SPLIT_D
         width = packed_width(dim)
         config = scan_config(width, target)
         chunk = {"D": dim, "BD": column_chunk(dim)}
-        packing = {"D": dim, "DP": width, "BD": min(width, 32), "SPLIT": split}
-        measured = {"INFLATE": bounds.norm_inflation(dim), "TINY": bounds.TINY}
+        packing = {"D": dim, "DP": width, "BD": min(width, 32), "SPLIT": split, "WIDE": False}
+        measured = {"INFLATE": bounds.norm_inflation(dim), "TINY": bounds.TINY, "UP": bounds.UP}
         float32 = {"WIDE_X": False, "WIDE_E": False, "CERTIFIED": True}
         errors = {"E": bounds.refinement(dim, 32), "UNIT_ERROR": 0.0, "ORACLE": 2 * bounds.ORACLE, "UP": bounds.UP}
-        codes = {"BK": 64, "WIDE": False, "UNIT": False, **packing, **measured}
-        yield dim, _compile(pack.pack_codes_kernel, target, codes, 4)
-        scale = {"A": bounds.accumulation(width), "LAMBDA": bounds.balance(split), "UP": bounds.UP}
-        rows = {"BT": TOKEN_TILE, "SHIFT": True, "WIDE": False, **packing, **measured, **scale}
+        given = {"WIDE": False, "UNIT": False}
+        columns = {"D": dim, "BK": 64, "BD": min(max(8, triton.next_power_of_2(dim)), 64), **given}
+        yield dim, _compile(frame.measure_columns_kernel, target, columns, 4)
+        parts = {"D": dim, "ROOT_D": dim**0.5, "PARTS": 128, "BD": 32}
+        yield dim, _compile(frame.frame_kernel, target, parts, 4)
+        balances = {"LAMBDA": bounds.balance(split), "LAMBDA_FINE": bounds.balance(True)}
+        codes = {"BK": 64, "UNIT": False, "EUCLIDEAN": True, "ORACLE": bounds.ORACLE, "UNIT_ERROR": 0.0, **balances}
+        yield dim, _compile(pack.pack_codes_kernel, target, {**codes, **packing, **measured}, 4)
+        scale = {"A": bounds.accumulation(width), "LAMBDA": bounds.balance(split)}
+        rows = {"BT": TOKEN_TILE, "SHIFT": True, **packing, **measured, **scale}
         yield dim, _compile(tokens.pack_tokens_kernel, target, rows, 8)
         layout = {"LANES": config.lanes, "TILE": TOKEN_TILE}
         slack = {"SLACK": 2 + bounds.accumulation(width), "BIAS_ERROR": 4 * bounds.bias_error(dim, width)}
         two = {"BT": 64, "SHIFT": True, "UNIT": False, **layout, **slack}
-        yield dim, _compile(refine.refine_kernel, target, {**chunk, **two, **float32, **errors}, 4)
+        fine = {"A_FINE": bounds.fine_accumulation(width), "LAMBDA_FINE": bounds.balance(True)}
+        left = {"DP": width, "CANDIDATES": CANDIDATES, "SPLIT": split, **fine, **measured}
+        yield dim, _compile(refine.refine_kernel, target, {**chunk, **two, **left, **float32, **errors}, 4)
+        yield (
+            dim,
+            _compile(
+                decide.decide_kernel,
+                target,
+                {"BT": 8, "CANDIDATES": CANDIDATES, "METRIC": "euclidean"},
+                4,
+                options=unfused,
+            ),
+        )
         shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES, "METRIC": "euclidean", "BN": config.block_n}
         constexprs = {"BK": settle.BLOCK_K, **chunk, **shares, **layout, **float32, **errors}
-        values = {"values": "*fp64"}
-        unfused = {"enable_fp_fusion": False, **({} if target == "gfx942" else settle.CUDA_OPTIONS)}
-        yield dim, _compile(settle.settle_kernel, target, constexprs, 4, types=values, options=unfused)
+        options = unfused if target == "gfx942" else unfused | ALL_REGISTERS
+        yield dim, _compile(settle.settle_kernel, target, constexprs, 4, types={"values": "*fp64"}, options=options)
+    biases = {"BK": 256, "ERROR": 1e-5, "FINE_ERROR": 1e-6, "UP": bounds.UP}
+    yield 0, _compile(pack.bias_kernel, target, biases, 4)
     shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES}
     yield 0, _compile(settle.merge_kernel, target, shares, 1, types={"values": "*fp64"})
     yield 0, _compile(norms.square_sums_kernel, target, {"BK": 128}, 4, options={"enable_fp_fusion": False})

@@ -2,7 +2,7 @@
 
 Every shipped configuration is compiled offline; nothing is run or timed. For NVIDIA chips the instructions of the
 scan's main loop are counted and a model turns them into a time, which is a floor and not a measurement. A second model
-says what refinement and settling add at the shapes of models, and in the worst case.
+says what the steps after the scan add at the shapes of models, and in the worst case.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from rich.table import Table
 from bench.issue_model import H100, PairCost, modelled_time, slots_per_pair
 from bench.main_loop import code_tile_loop, main_loop
 from bench.offline import TARGETS, Compiled
-from bench.refine_model import COUNTS, traffic_rows
-from bench.shipped import PLAIN_TILE, other_kernels, plain, scan
+from bench.refine_model import COUNTS, products, traffic_rows
+from bench.shipped import PLAIN_TILE, other_kernels, plain, rescan, scan
 from bench.worst_case_model import worst_case_row
+from fastvq_kernels.bounds import CHUNK
+from fastvq_kernels.configs import packed_width
 
 # Widths of packed rows, with a dimension that has them.
 SCANS = {16: 4, 32: 8, 64: 64, 128: 128, 192: 192, 256: 256, 512: 512, 1024: 1024}
+# Dimensions for each width and number of products of the second scan.
+RESCANS = (4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)
 TOKENS, CODES = 65536, 16384
 
 
 def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any]]:
-    """One record per kernel, width and target; then those of the models of `refine` and `settle` on sm_90."""
+    """One record per kernel, width and target; then those of the models of what follows the scan on sm_90."""
     scan_costs: dict[int, PairCost] = {}
+    rescan_costs: dict[int, PairCost] = {}
     settles: dict[int, Compiled] = {}
     for target in targets:
         for width in SCANS:
@@ -42,6 +47,14 @@ def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any
             if target == "sm_90":
                 scan_costs[width] = PairCost(costs["slots_per_pair"], costs["alu_per_pair"])
             yield {**_resources(compiled, width), **costs}
+        for dim in RESCANS:
+            compiled, tiles = rescan(target, dim)
+            depth, width = products(dim), packed_width(dim)
+            chunks = 1 if width <= tiles.resident else width // CHUNK
+            costs = _costs(compiled, depth, tiles.block_m * tiles.block_n, chunks)
+            if target == "sm_90":
+                rescan_costs[dim] = PairCost(costs["slots_per_pair"], costs["alu_per_pair"])
+            yield {**_resources(compiled, dim), **costs}
         if target != "gfx942":
             compiled = plain(target)
             yield {**_resources(compiled, 64), **_costs(compiled, 64, PLAIN_TILE**2, 1)}
@@ -50,7 +63,7 @@ def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any
                 settles[dim] = compiled
             yield _resources(compiled, dim)
     if scan_costs:
-        yield from traffic_rows(scan_costs)
+        yield from traffic_rows(scan_costs, rescan_costs)
     for dim, compiled in settles.items():
         yield worst_case_row(compiled, dim)
 
@@ -131,16 +144,16 @@ def _cost_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _traffic_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="modelled time of the scan, and of refinement and settling, on an H100, fp32 tokens")
+    table = Table(title="modelled time of the scan, and of all that follows it, on an H100, fp32 tokens")
     for column in ("shape", "N×K×D", "data"):
         table.add_column(column, no_wrap=True)
-    for column in ("scan µs", "refine + settle µs", "% of scan", "most of it"):
+    for column in ("scan µs", "after it µs", "% of scan", "most of it"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             *(row[key] for key in ("shape", "size", "data")),
             f"{row['scan_modelled_us']:.1f}",
-            f"{row['refine_settle_modelled_us']:.1f}",
+            f"{row['after_scan_modelled_us']:.1f}",
             f"{100 * row['share_of_scan']:.0f}",
             row["largest_term"],
         )

@@ -46,7 +46,7 @@ def exact_scan_kernel(
     code = tl.full([], -1, tl.int64)
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK).to(tl.int64)
-        best, code = exact_best(tokens + i * D, codes, norms, half_sq, o_k, o_k < K, best, code, D, "euclidean", BK)
+        best, code = exact_best(tokens + i * D, codes, norms, half_sq, o_k, o_k < K, best, code, D, "euclidean")
     tl.store(indices + i, code)
 
 

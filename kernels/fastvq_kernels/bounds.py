@@ -40,6 +40,12 @@ With `B_k <= M - h_k + 2 F (h_k + M)`, `F` the relative error of `h_k` and of th
 So the best code is proved by the scan alone where the bounds of all others stay below this; it is within
 `2 w G_k` of its own bound, where the score in fp32 would be within `w G_k`.
 
+**Second scan.** Tokens still open have a lower bound of their best score, so their other codes only have to be compared
+with it. There `e' = e^ + e2 + rest` and `x' = x^ + x2 + rest`, and per chunk of at most `CHUNK` columns `x^.e2 + x2.e^`
+is summed first, then `x^.e^` on top of it: the small products truncate at their own magnitude, and `A` counts one
+chunk only. Chunks and the bias are added in fp32, `2^-24` each of `X n_k`, of the bias and of the slack. The bound is
+`U_k` with these smaller constants, the residuals of the split, and `r`, `X` of the token itself instead of its tile.
+
 **Refinement.** Codes are evaluated in fp32 from the given values, in chunks of BD columns that
 are added elementwise and then reduced. Every product passes at most `D/BD + BD` additions, its two factors carry a
 relative error of `2^-23` each (subtraction, scaling, a cast from float64), `h_k` the same again. Hence
@@ -61,6 +67,7 @@ ORACLE = 2.0**-40
 UNIT = 2.0**-21
 TINY = 2.0**-30
 MAX_CERTIFIED_D = 4096
+CHUNK = 64
 # Bounds are themselves computed in fp32: a few roundings of 2^-24 each, taken as one factor.
 UP = 1.0 + 2.0**-20
 
@@ -73,6 +80,16 @@ def balance(split: bool) -> float:
 def accumulation(d: int) -> float:
     """A: error of a tensor-core sum of d products and a start value, relative to the sum of magnitudes."""
     return 2.0 * (d + 16) * 2.0**-23
+
+
+def fine_accumulation(width: int) -> float:
+    """A of the second scan, whose sums of `width` products are made in chunks."""
+    return accumulation(min(width, CHUNK)) * (1.0 + 2.0**-8) + (math.ceil(width / CHUNK) + 4) * 2.0**-24
+
+
+def fine_bias_error(d: int, width: int, split: bool) -> float:
+    """`bias_error` of the second scan. With the split the compiler starts the only product with the bias."""
+    return refinement(d, 32) + ORACLE + (accumulation(width) if split else 4 * 2.0**-24)
 
 
 def norm_inflation(d: int) -> float:

@@ -7,10 +7,21 @@ import triton
 
 # Tokens that share one scale and one residual bound; every scan tile lies inside one such tile.
 TOKEN_TILE = 256
+# Codes are padded to a multiple of this, and of the scan's own tile.
+CODE_TILE = 64
 # Up to here the three products of the two-part split fit into the 16 or 32 columns that cost no time: below 64
 # columns the maxima decide, not the products. One product would leave a third of the tokens open at D 4 and K 8192.
 SPLIT_D = 10
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+# Without it the assembler spills a few registers to make room for one program more on each SM.
+ALL_REGISTERS = {"maxnreg": 255}
+
+
+def all_registers(device: torch.device) -> dict[str, int]:
+    """The compiler option that lets a thread have as many registers as there are; only CUDA knows it."""
+    return ALL_REGISTERS if device.type == "cuda" and not torch.version.hip else {}
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,27 @@ def scan_config(width: int, target: str | None = None) -> ScanConfig:
         num_warps=8,
         resident=width <= 128,
     )
+
+
+@dataclass(frozen=True)
+class RescanConfig:
+    """Tile sizes of the second scan."""
+
+    block_m: int = 128  # fewer tokens for each load of codes would be bound by L2
+    block_n: int = 64  # a divisor of CODE_TILE
+    num_warps: int = 8
+    num_stages: int = 2
+    resident: int = 128  # columns up to which both parts of the tokens stay on chip
+    programs: int = 2  # per SM
+
+
+def rescan_config(target: str | None = None) -> RescanConfig:
+    """The default of the second scan. Larger tiles than these spill, around the code that names candidates."""
+    return {
+        "sm_80": RescanConfig(block_n=32),
+        "sm_100": RescanConfig(block_m=64),
+        "gfx942": RescanConfig(block_m=64, num_warps=4),
+    }.get(target or current_target(), RescanConfig())
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,24 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
-from .configs import SPLIT_D, ScanConfig, packed_width, scan_config
+from .configs import CODE_TILE, SPLIT_D, ScanConfig, packed_width, scan_config
 from .dense import dense
+from .frame import frame, unit_or_given
 from .norms import code_norms
 
 
 @dataclass(frozen=True)
 class PackedCodebook:
-    """A codebook ready for the scan; `bounds.py` has the meaning of every bound.
+    """A codebook ready for both scans; `bounds.py` has the meaning of every bound.
 
     codes    [H, K, D]    as given, dense: refinement and the float64 scan read these
     metric                euclidean, dot or cosine
     shift    [H, D]       fp32 m
     scale    [H]          fp32 2^b
-    half     [H, KP, DP]  fp16 e^, KP a multiple of the scan's tile of BN codes
+    half     [H, KP, DP]  fp16 e^, KP a multiple of both scans' tiles of codes
+    low      [H, KP, DP]  fp16 e2 of e' = e^ + e2 + rest; empty where half holds the split
     bias     [H, KP + BN, 2]  fp32 B_k (padding and codes with NaN or Inf: -inf) and G_k; the scan reads one tile ahead
+    fine     [H, KP + BN, 2]  the same for the second scan
     half_sq  [H, K]       fp32 h_k; inf: never chosen, FLT_MAX: outside the range, always a candidate
     length   [H, K]       fp32 n_k
     mean_sq  [H]          fp32 M
@@ -37,7 +40,9 @@ class PackedCodebook:
     shift: Tensor
     scale: Tensor
     half: Tensor
+    low: Tensor
     bias: Tensor
+    fine: Tensor
     half_sq: Tensor
     length: Tensor
     mean_sq: Tensor
@@ -50,22 +55,24 @@ class PackedCodebook:
 @triton.jit
 def load_code(p_e, b_inv, p_shift, o_d, m_d, m_e, b_scale, WIDE: tl.constexpr, UNIT: tl.constexpr):
     """e' = 2^b (g e - m) for one chunk of columns, fp32; the trailing dimension is the columns."""
-    b_e = tl.load(p_e, mask=m_e, other=0.0)
-    b_e = b_e.to(tl.float64) if WIDE else b_e.to(tl.float32)
-    if UNIT:
-        b_e = b_e * b_inv
+    b_e = unit_or_given(p_e, b_inv, m_e, WIDE, UNIT)
     b_m = tl.load(p_shift + o_d, mask=m_d, other=0.0)  # [BD]
     return tl.where(m_e, (b_e - b_m) * b_scale, 0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["K"])
 def pack_codes_kernel(
-    codes, inverse, shift, scale, half, half_sq, length, residual,
-    K, KP,
+    codes, inverse, shift, scale, offset, half, low, bias, fine, half_sq, length, sums,
+    K, KP, K_bias,
     D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-    WIDE: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, INFLATE: tl.constexpr, TINY: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, EUCLIDEAN: tl.constexpr, SPLIT: tl.constexpr,
+    INFLATE: tl.constexpr, LAMBDA: tl.constexpr, LAMBDA_FINE: tl.constexpr, ORACLE: tl.constexpr,
+    UNIT_ERROR: tl.constexpr, TINY: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """One program rounds BK codes of one head to fp16 and measures |e'|^2 / 2, |e'| and |e' - e^|."""
+    """One program rounds BK codes of one head to fp16 and measures h_k, n_k and what the rounding left.
+
+    Writes everything per code but the biases, which need M: the sum of the program's h_k goes to sums [H, KP / BK].
+    """
     i_k, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < K
@@ -73,43 +80,80 @@ def pack_codes_kernel(
     b_inv = tl.load(inverse + i_h * K + o_k, mask=m_k, other=0.0)[:, None] if UNIT else 1.0
 
     USED: tl.constexpr = 3 * D if SPLIT else D
+    b_finite = tl.full([BK], 1, tl.int32)
     b_sq = tl.zeros([BK], tl.float32)
     b_res = tl.zeros([BK], tl.float32)
+    b_res_fine = tl.zeros([BK], tl.float32)
     for d in range(0, DP, BD):
         o_c = d + tl.arange(0, BD)
         m_c = o_c < USED
         p_e = codes + (i_h * K + o_k)[:, None] * D + (o_c % D)[None, :]
         m_e = m_k[:, None] & m_c[None, :]
+        b_given = unit_or_given(p_e, 1.0, m_e, WIDE, False)
+        b_finite = tl.minimum(b_finite, tl.min((b_given - b_given == 0.0).to(tl.int32), axis=1))
         b_e = load_code(p_e, b_inv, shift + i_h * D, o_c % D, m_c, m_e, b_scale, WIDE, UNIT)  # [BK, BD]
-        b_inside = tl.abs(b_e) < 65000.0
-        b_half = tl.where(b_inside, b_e, 0.0).to(tl.float16)
+        b_half = tl.where(tl.abs(b_e) < 65000.0, b_e, 0.0).to(tl.float16)
         b_r = b_e - b_half.to(tl.float32)
+        b_low = tl.where(tl.abs(b_r) < 65000.0, b_r, 0.0).to(tl.float16)
+        # Of x'.e' the three products leave out x2.e2, which counts as a residual: |x2| <= 2^-10 X.
+        b_r_fine = tl.abs(b_r - b_low.to(tl.float32)) + tl.abs(b_low.to(tl.float32)) * 0.0009765625
+        o_half = (i_h * KP + o_k)[:, None] * DP + o_c[None, :]
         if SPLIT:
-            b_low = b_r.to(tl.float16)
             b_half = tl.where((o_c // D == 2)[None, :], b_low, b_half)
-            # The product left out, x2.e2, counts as a residual: |x2| <= 2^-10 X.
-            b_r = tl.where((o_c < D)[None, :], tl.abs(b_r - b_low.to(tl.float32)) + tl.abs(b_r) * 0.0009765625, 0.0)
+            b_r_fine = tl.where((o_c < D)[None, :], b_r_fine, 0.0)
+            b_r = b_r_fine
             b_e = tl.where((o_c < D)[None, :], b_e, 0.0)
+        else:
+            tl.store(low + o_half, b_low, mask=(o_k < KP)[:, None])
         b_sq += tl.sum(b_e * b_e, axis=1)
         b_res += tl.sum(b_r * b_r, axis=1)
-        tl.store(half + (i_h * KP + o_k)[:, None] * DP + o_c[None, :], b_half, mask=m_k[:, None])
+        b_res_fine += tl.sum(b_r_fine * b_r_fine, axis=1)
+        tl.store(half + o_half, b_half, mask=(o_k < KP)[:, None])
+
     b_len = tl.sqrt(b_sq) * INFLATE
-    tl.store(half_sq + i_h * K + o_k, b_sq * 0.5, mask=m_k)
-    tl.store(length + i_h * K + o_k, b_len + TINY, mask=m_k)
-    tl.store(residual + i_h * K + o_k, tl.sqrt(b_res) * INFLATE + b_len * 2.384185791015625e-07 + TINY, mask=m_k)
+    # 2^-22: the shift, the factors and the cast rounded b_e before its residual was taken. Then what the oracle rounds,
+    # and for cosine the unit vectors.
+    b_raw = b_scale if UNIT else b_len + tl.load(offset + i_h)
+    b_more = b_len * 2.384185791015625e-07 + TINY + ORACLE * b_raw + UNIT_ERROR * b_scale
+    b_len += TINY
+    b_G = (b_len + LAMBDA * (tl.sqrt(b_res) * INFLATE + b_more)) * UP
+    b_G_fine = (b_len + LAMBDA_FINE * (tl.sqrt(b_res_fine) * INFLATE + b_more)) * UP
+    inside = (b_sq < float("inf")) & (b_G < float("inf")) & (b_finite == 1)
+    b_h = b_sq * 0.5 if EUCLIDEAN else b_sq * 0.0
+    tl.store(sums + i_h * tl.num_programs(0) + i_k, tl.sum(tl.where(inside & m_k, b_h, 0.0), axis=0))
+    b_h = tl.where(b_finite == 1, tl.where(inside, b_h, 3.4028234663852886e38), float("inf"))
+    tl.store(half_sq + i_h * K + o_k, b_h, mask=m_k)
+    tl.store(length + i_h * K + o_k, b_len, mask=m_k)
+    o_bias = (i_h * K_bias + o_k) * 2 + 1
+    tl.store(bias + o_bias, tl.where(inside & m_k, b_G, 0.0), mask=o_k < K_bias)
+    tl.store(fine + o_bias, tl.where(inside & m_k, b_G_fine, 0.0), mask=o_k < K_bias)
 
 
-def frame(codes: Tensor, inverse: Tensor | None, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift (mean of the finite codes, fp32) and power-of-two scale that brings them below 2^15; no host sync."""
-    e = codes.float() if inverse is None else (codes * inverse[..., None]).float()
-    e = torch.where(finite[..., None], e, 0.0)
-    count = finite.sum(1, keepdim=True).clamp(min=1)
-    # A mean that overflows is no help: any finite shift is valid.
-    shift = torch.nan_to_num(e.sum(1) / count, nan=0.0, posinf=0.0, neginf=0.0)
-    largest = torch.where(finite[..., None], (e - shift[:, None]).abs(), 0.0).amax((1, 2))
-    exponent = 15 - torch.frexp(largest.clamp(2.0**-105, 2.0**120))[1]
-    scale = ((exponent + 127) << 23).to(torch.int32).view(torch.float32)  # exact, unlike a power function
-    return shift.contiguous(), scale
+@triton.jit(do_not_specialize=["K", "parts"])
+def bias_kernel(
+    sums, half_sq, bias, fine, mean_sq,
+    K, K_bias, parts,
+    BK: tl.constexpr, ERROR: tl.constexpr, FINE_ERROR: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """One program writes M, and B_k of BK codes of one head for both scans."""
+    i_k, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_k = i_k * BK + tl.arange(0, BK)
+    b_sum = tl.zeros([BK], tl.float32)
+    for part in range(0, parts, BK):
+        o_p = part + tl.arange(0, BK)
+        b_sum += tl.load(sums + i_h * parts + o_p, mask=o_p < parts, other=0.0)
+    b_M = tl.sum(b_sum, axis=0) / K.to(tl.float32) * UP
+    tl.store(mean_sq + i_h, b_M, mask=i_k == 0)
+    b_h = tl.load(half_sq + i_h * K + o_k, mask=o_k < K, other=float("inf"))
+    # Codes outside the range are always candidates; padding and codes with NaN or Inf never are.
+    b_fixed = tl.where(b_h < float("inf"), float("inf"), float("-inf"))
+    fixed = b_h > 3.4e38
+    b_h = tl.where(fixed, 0.0, b_h)
+    o_bias = (i_h * K_bias + o_k) * 2
+    tl.store(bias + o_bias, tl.where(fixed, b_fixed, b_M - b_h + 2.0 * ERROR * (b_h + b_M)), mask=o_k < K_bias)
+    # In the second scan a large number does, which may meet an infinite line: c is at least 2^-80.
+    b_fixed = tl.minimum(b_fixed, 3.4028234663852886e38)
+    tl.store(fine + o_bias, tl.where(fixed, b_fixed, b_M - b_h + 2.0 * FINE_ERROR * (b_h + b_M)), mask=o_k < K_bias)
 
 
 def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfig | None = None) -> PackedCodebook:
@@ -119,50 +163,43 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     split = D <= SPLIT_D
     DP = packed_width(D)
     config = config or scan_config(DP)
-    KP = triton.cdiv(K, config.block_n) * config.block_n
-    device = codes.device
+    tile = max(config.block_n, CODE_TILE)
+    KP = triton.cdiv(K, tile) * tile
+    K_bias = KP + config.block_n
+    unit, wide = metric == "cosine", codes.dtype == torch.float64
 
-    finite = torch.isfinite(codes).all(-1)  # [H, K]
-    norms = code_norms(codes) if metric == "cosine" else torch.empty(H, 0, dtype=torch.float64, device=device)
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=codes.device)
+
+    norms = code_norms(codes) if unit else empty(H, 0, dtype=torch.float64)
     # A zero code has similarity 0, which the inverse 0 gives as well.
-    inverse = torch.where(norms > 0, 1.0 / norms, 0.0).to(
-        codes.dtype if codes.dtype == torch.float64 else torch.float32
-    )
-    unit = metric == "cosine"
-    shift, scale = frame(codes, inverse if unit else None, finite)
+    inverse = torch.where(norms > 0, 1.0 / norms, 0.0).to(torch.float64 if wide else torch.float32)
+    shift, scale, offset = frame(codes, inverse, unit)
 
-    half = torch.zeros(H, KP, DP, dtype=torch.float16, device=device)
-    half_sq, length, residual = (torch.empty(H, K, dtype=torch.float32, device=device) for _ in range(3))
+    half = empty(H, KP, DP, dtype=torch.float16)
+    low = empty(H, 0 if split else KP, DP, dtype=torch.float16)
+    bias, fine = empty(H, K_bias, 2), empty(H, K_bias, 2)
+    half_sq, length, mean_sq = empty(H, K), empty(H, K), empty(H)
     block_k = 64
-    pack_codes_kernel[(triton.cdiv(K, block_k), H)](
-        codes, inverse, shift, scale, half, half_sq, length, residual,
-        K, KP,
+    parts = triton.cdiv(K_bias, block_k)
+    sums = empty(H, parts)
+    pack_codes_kernel[(parts, H)](
+        codes, inverse, shift, scale, offset, half, low, bias, fine, half_sq, length, sums,
+        K, KP, K_bias,
         D=D, DP=DP, BK=block_k, BD=min(DP, 32),
-        WIDE=codes.dtype == torch.float64, UNIT=unit, SPLIT=split, INFLATE=bounds.norm_inflation(D),
-        TINY=bounds.TINY,
+        WIDE=wide, UNIT=unit, EUCLIDEAN=metric == "euclidean", SPLIT=split,
+        INFLATE=bounds.norm_inflation(D), LAMBDA=bounds.balance(split), LAMBDA_FINE=bounds.balance(True),
+        ORACLE=bounds.ORACLE * bounds.UP, UNIT_ERROR=bounds.UNIT if unit else 0.0, TINY=bounds.TINY, UP=bounds.UP,
     )  # fmt: skip
-
-    # The oracle's rounding and, for cosine, that of the unit vectors.
-    raw = (
-        torch.ones_like(length) * scale[:, None] if unit else length + shift.norm(dim=-1, keepdim=True) * scale[:, None]
-    )
-    residual = residual + bounds.ORACLE * bounds.UP * raw + (bounds.UNIT * scale[:, None] if unit else 0.0)
-    inside = torch.isfinite(half_sq) & torch.isfinite(residual)
-    error = bounds.bias_error(D, DP)
-    if metric == "euclidean":
-        mean_sq = torch.where(finite & inside, half_sq, 0.0).mean(1) * bounds.UP
-        bias = mean_sq[:, None] - half_sq + 2.0 * error * (half_sq + mean_sq[:, None])
-    else:
-        mean_sq, half_sq, bias = torch.zeros_like(scale), torch.zeros_like(half_sq), torch.zeros_like(half_sq)
-    largest = torch.finfo(torch.float32).max
-    bias = torch.where(finite, torch.where(inside, bias, torch.inf), -torch.inf)
-    slack = torch.where(finite & inside, (length + bounds.balance(split) * residual) * bounds.UP, 0.0)
-    half_sq = torch.where(finite, torch.where(inside, half_sq, largest), torch.inf)
-    half[:, :K] = torch.where((finite & inside)[..., None], half[:, :K], 0.0)
-    bounds_of_codes = torch.zeros(H, KP + config.block_n, 2, dtype=torch.float32, device=device)
-    bounds_of_codes[:, K:, 0] = -torch.inf
-    bounds_of_codes[:, :K] = torch.stack((bias, slack), -1)
+    block_bias = 256
+    bias_kernel[(triton.cdiv(K_bias, block_bias), H)](
+        sums, half_sq, bias, fine, mean_sq,
+        K, K_bias, parts,
+        BK=block_bias, UP=bounds.UP,
+        ERROR=bounds.bias_error(D, DP) if metric == "euclidean" else 0.0,
+        FINE_ERROR=bounds.fine_bias_error(D, DP, split) if metric == "euclidean" else 0.0,
+    )  # fmt: skip
     return PackedCodebook(
-        codes=codes, metric=metric, shift=shift, scale=scale, half=half, bias=bounds_of_codes,
+        codes=codes, metric=metric, shift=shift, scale=scale, half=half, low=low, bias=bias, fine=fine,
         half_sq=half_sq, length=length, mean_sq=mean_sq, norms=norms, inverse=inverse, split=split, config=config,
     )  # fmt: skip

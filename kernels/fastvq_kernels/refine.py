@@ -1,7 +1,5 @@
 """The refinement: a proof per token from the scan's bounds, or from the two best codes in fp32, or the open list."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +7,7 @@ from torch import Tensor
 
 from . import bounds
 from .configs import TOKEN_TILE, column_chunk
+from .open import CANDIDATES, Open, no_open, store_open
 from .pack import PackedCodebook, load_code
 from .scan import Bins
 from .tokens import PackedTokens, load_shifted, ratio
@@ -65,12 +64,14 @@ def take_largest(b_v, b_k, o_lane):
 
 @triton.jit(do_not_specialize=["N", "K", "S"])
 def refine_kernel(
-    tokens, codes, inverse, shift, code_scale, tile_scale, tile_weight, norm, bias, half_sq, length, mean_sq,
-    best, rest, winner, indices, open_list, open_line, open_count,
+    tokens, rows, codes, inverse, shift, code_scale, tile_scale, tile_weight, norm, bias, half_sq, length, mean_sq,
+    best, rest, winner, indices, open_count, open_tokens, open_line, low, factors, found,
     N, N_pad, K, K_bias, S,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
-    SHIFT: tl.constexpr, WIDE_X: tl.constexpr, WIDE_E: tl.constexpr, UNIT: tl.constexpr, CERTIFIED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    CANDIDATES: tl.constexpr, SPLIT: tl.constexpr, SHIFT: tl.constexpr,
+    WIDE_X: tl.constexpr, WIDE_E: tl.constexpr, UNIT: tl.constexpr, CERTIFIED: tl.constexpr,
     SLACK: tl.constexpr, BIAS_ERROR: tl.constexpr, E: tl.constexpr, UNIT_ERROR: tl.constexpr,
+    INFLATE: tl.constexpr, A_FINE: tl.constexpr, LAMBDA_FINE: tl.constexpr, TINY: tl.constexpr,
     ORACLE: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """One program proves or passes on BT tokens of one head.
@@ -149,22 +150,22 @@ def refine_kernel(
         proved = proved & False
     tl.store(indices + i_h * N + o_t, tl.where(proved, b_code, -1).to(tl.int64), mask=m_t)
 
-    b_open = (m_t & b_finite & (~proved)).to(tl.int32)
+    m_open = m_t & b_finite & (~proved)
+    b_open = m_open.to(tl.int32)
     count = tl.sum(b_open, axis=0)
     if count > 0:
-        base = tl.atomic_add(open_count, count)
-        o_list = base + tl.cumsum(b_open, axis=0) - 1
-        tl.store(open_list + o_list, i_h * N + o_t, mask=b_open > 0)
-        tl.store(open_line + o_list, tl.where(m_in, b_best, float("-inf")), mask=b_open > 0)
-
-
-@dataclass(frozen=True)
-class Open:
-    """Tokens still open: tokens [H N] int64, the best lower bound of each [H N] fp32, how many there are [1] int32."""
-
-    tokens: Tensor
-    line: Tensor
-    count: Tensor
+        o_list = tl.atomic_add(open_count + i_h, count) + tl.cumsum(b_open, axis=0) - 1
+        b_best = tl.where(m_in, b_best, float("-inf"))
+        tl.store(open_tokens + i_h * N + o_list, o_t, mask=m_open)
+        tl.store(open_line + i_h * N + o_list, b_best, mask=m_open)
+        if CERTIFIED:
+            b_line = tl.where(m_in, below(b_best, b_cM, b_eta, UP), float("-inf"))
+        else:
+            b_line = tl.full([BT], float("-inf"), tl.float32)
+        store_open(
+            tokens, rows, shift, low, factors, found, i_h, o_t, o_list, m_open, b_scale, b_c, b_X, b_line,
+            N, N_pad, D, DP, BT, BD, CANDIDATES, SHIFT, WIDE_X, SPLIT, INFLATE, A_FINE, LAMBDA_FINE, TINY, UP,
+        )  # fmt: skip
 
 
 def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins: Bins) -> tuple[Tensor, Open]:
@@ -172,23 +173,22 @@ def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins:
     H, N, D = x.shape
     K = packed.codes.shape[1]
     indices = torch.empty(H, N, dtype=torch.int64, device=x.device)
-    left = Open(
-        torch.empty(H * N, dtype=torch.int64, device=x.device),
-        torch.empty(H * N, dtype=torch.float32, device=x.device),
-        torch.zeros(1, dtype=torch.int32, device=x.device),
-    )
+    left = no_open(N, packed_tokens, packed.split)
     DP = packed_tokens.rows.shape[2]
     block_t = 64
     refine_kernel[(triton.cdiv(N, block_t), H)](
-        x, packed.codes, packed.inverse, packed.shift, packed.scale, packed_tokens.scale, packed_tokens.weight,
-        packed_tokens.norm, packed.bias, packed.half_sq, packed.length, packed.mean_sq,
-        bins.best, bins.rest, bins.winner, indices, left.tokens, left.line, left.count,
+        x, packed_tokens.rows, packed.codes, packed.inverse, packed.shift, packed.scale,
+        packed_tokens.scale, packed_tokens.weight, packed_tokens.norm,
+        packed.bias, packed.half_sq, packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,
+        indices, left.count, left.tokens, left.line, left.low, left.factors, left.found,
         N, packed_tokens.norm.shape[1], K, packed.bias.shape[1], bins.ranges,
-        D=D, BT=block_t, BD=column_chunk(D), LANES=packed.config.lanes, TILE=TOKEN_TILE,
-        SHIFT=packed.metric == "euclidean", WIDE_X=x.dtype == torch.float64,
+        D=D, DP=DP, BT=block_t, BD=column_chunk(D), LANES=packed.config.lanes, TILE=TOKEN_TILE,
+        CANDIDATES=CANDIDATES, SPLIT=packed.split, SHIFT=packed.metric == "euclidean", WIDE_X=x.dtype == torch.float64,
         WIDE_E=packed.codes.dtype == torch.float64, UNIT=packed.metric == "cosine",
         CERTIFIED=D <= bounds.MAX_CERTIFIED_D, SLACK=(2.0 + bounds.accumulation(DP)) * bounds.UP,
         BIAS_ERROR=4.0 * bounds.bias_error(D, DP) * bounds.UP, E=bounds.refinement(D, 32) * bounds.UP,
-        UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0, ORACLE=2 * bounds.ORACLE, UP=bounds.UP,
+        UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0,
+        INFLATE=bounds.norm_inflation(D), A_FINE=bounds.fine_accumulation(DP), LAMBDA_FINE=bounds.balance(True),
+        TINY=bounds.TINY, ORACLE=2 * bounds.ORACLE, UP=bounds.UP,
     )  # fmt: skip
     return indices, left

@@ -1,12 +1,14 @@
-"""The certified search: pack, scan, refine, settle, without a host synchronisation in between."""
+"""The certified search: pack, scan, refine, rescan, decide, settle, without a host synchronisation in between."""
 
 from collections.abc import Callable
 
 from torch import Tensor, int64
 
+from .decide import decide
 from .dense import dense
 from .pack import PackedCodebook, pack_codebook
 from .refine import refine
+from .rescan import rescan
 from .scan import scan
 from .settle import settle
 from .tokens import pack_tokens
@@ -33,10 +35,11 @@ def nearest_code(
 
 
 def certified_search(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor]:
-    """Indices ``[H, N]`` int64 of ``x [H, N, D]``, and how many tokens had to be settled, ``[1]`` int32."""
+    """Indices ``[H, N]`` int64 of ``x [H, N, D]``, and how many tokens the first scan left open, ``[H]`` int32."""
     x = dense(x)
     tokens = pack_tokens(x, packed)
     bins = scan(tokens, x.shape[1], packed)
     indices, left = refine(x, packed, tokens, bins)
-    settle(x, packed, tokens, bins, left, indices)
+    hard = decide(x, packed, left, rescan(packed, tokens, left), indices)
+    settle(x, packed, tokens, bins, hard, indices)
     return indices, left.count

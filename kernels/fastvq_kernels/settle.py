@@ -1,4 +1,4 @@
-"""The last word for the tokens still open: the bins that can hold the winner again, in float64 where it is needed."""
+"""The last word for tokens of too many candidates: the bins that can hold the winner again, in float64 where needed."""
 
 import torch
 import triton
@@ -6,55 +6,41 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
-from .configs import TOKEN_TILE, column_chunk
+from .configs import TOKEN_TILE, all_registers, column_chunk
+from .decide import Hard
+from .exact import NO_CODE, exact_value
 from .pack import PackedCodebook
-from .refine import Open, below, code_bounds
+from .refine import below, code_bounds
 from .scan import Bins, code_at
 from .tokens import PackedTokens, ratio
 
-# The first LEAD open tokens are shared out in SHARES parts each: few open tokens would otherwise be
-# settled by as many programs on an idle device.
+# The first LEAD of these tokens are shared out in SHARES parts each: few of them would otherwise be settled by as
+# many programs on an idle device.
 LEAD = 4096
 SHARES = 8
 # Codes evaluated at a time.
 BLOCK_K = 64
-# Without it the assembler spills a few registers to make room for one program more on each SM.
-CUDA_OPTIONS = {"maxnreg": 255}
 
 
 @triton.jit
 def exact_best(
     p_x, codes, norms, half_sq, o_k, m_k, best, code, D,
-    METRIC: tl.constexpr, BK: tl.constexpr,
+    METRIC: tl.constexpr,
 ):  # fmt: skip
-    """Update (best, code) with the oracle's float64 values of BK codes o_k: ascending j, every operation rounded."""
-    p_e = codes + o_k * D
+    """Update (best, code) with the float64 values of codes o_k of one token, the lowest code on ties."""
     b_finite = m_k & (tl.load(half_sq + o_k, mask=m_k, other=float("inf")) < float("inf"))
-    b_value = tl.zeros([BK], tl.float64)
-    for j in range(D):
-        b_e = tl.load(p_e + j, mask=m_k, other=0.0).to(tl.float64)  # [BK]
-        x = tl.load(p_x + j).to(tl.float64)
-        if METRIC == "euclidean":
-            b_diff = x - b_e
-            b_value += b_diff * b_diff
-        else:
-            b_value += x * b_e
-    if METRIC == "cosine":
-        b_norm = tl.load(norms + o_k, mask=m_k, other=1.0)
-        b_value = tl.where(b_norm > 0.0, b_value / b_norm, 0.0)
-    if METRIC != "euclidean":
-        b_value = -b_value
+    b_value = exact_value(p_x, codes + o_k * D, norms + o_k, m_k, D, METRIC)
     b_value = tl.where(b_finite, b_value, float("inf"))
     low = tl.min(b_value, axis=0)
-    at = tl.min(tl.where(b_finite & (b_value == low), o_k, 1 << 60), axis=0)
-    better = (at < (1 << 60)) & ((low < best) | (code < 0) | ((low == best) & (at < code)))
+    at = tl.min(tl.where(b_finite & (b_value == low), o_k, NO_CODE), axis=0)
+    better = (at < NO_CODE) & ((low < best) | (code < 0) | ((low == best) & (at < code)))
     return tl.where(better, low, best), tl.where(better, at, code)
 
 
 @triton.jit(do_not_specialize=["N", "K", "S", "steps", "all_steps"])
 def settle_kernel(
     tokens, codes, inverse, norms, shift, code_scale, tile_scale, norm, half_sq, length, mean_sq,
-    best_bounds, rest_bounds, winners_of_bins, indices, open_list, open_line, open_count, values, winners,
+    best_bounds, rest_bounds, winners_of_bins, indices, hard_tokens, hard_line, hard_count, values, winners,
     N, N_pad, K, width, S, steps, all_steps,
     LEAD: tl.constexpr, SHARES: tl.constexpr, METRIC: tl.constexpr,
     D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
@@ -73,13 +59,13 @@ def settle_kernel(
     UNIT: tl.constexpr = METRIC == "cosine"
     MEMBERS: tl.constexpr = BN // LANES  # codes of a bin in one step
     o_lane = tl.arange(0, LANES)
-    n_open = tl.load(open_count)
-    n_lead = tl.minimum(n_open, LEAD)
-    for work in range(tl.program_id(0), n_open + n_lead * (SHARES - 1), tl.num_programs(0)):
+    n_hard = tl.load(hard_count)
+    n_lead = tl.minimum(n_hard, LEAD)
+    for work in range(tl.program_id(0), n_hard + n_lead * (SHARES - 1), tl.num_programs(0)):
         shared = work < n_lead * SHARES
         i = tl.where(shared, work // SHARES, work - n_lead * (SHARES - 1))
         stride = tl.where(shared, SHARES, 1)
-        token = tl.load(open_list + i)
+        token = tl.load(hard_tokens + i)
         i_h = token // N
         o_t = token % N + tl.arange(0, 1)  # [1]
         m_t = o_t < N
@@ -91,7 +77,7 @@ def settle_kernel(
         b_X = tl.load(norm + i_h * N_pad + o_t)
         b_eta = ORACLE * b_X * b_X / b_c if SHIFT else b_X * 0.0
         eta = tl.sum(b_eta, axis=0)
-        line = tl.load(open_line + i)
+        line = tl.load(hard_line + i)
         cut = tl.sum(below(line + tl.zeros([1], tl.float32), b_cM, b_eta, UP), axis=0)
         # Below zero int32 order is not float order: then every bin is walked.
         cut = tl.where(cut > 0.0, cut, float("-inf"))
@@ -107,7 +93,7 @@ def settle_kernel(
             if tl.max(b_one.to(tl.int32), axis=0) > 0:
                 best, code = exact_best(
                     p_x, codes + i_h * K * D, norms + i_h * K, half_sq + i_h * K, b_k, b_one & (b_k < K),
-                    best, code, width, METRIC, LANES,
+                    best, code, width, METRIC,
                 )  # fmt: skip
             n_walk = tl.sum(b_walk.to(tl.int32), axis=0)
             if n_walk > 0:
@@ -130,7 +116,7 @@ def settle_kernel(
                     if (~(high + tl.abs(high) * (UP - 1.0) + eta < line)) | (not CERTIFIED):
                         best, code = exact_best(
                             p_x, codes + i_h * K * D, norms + i_h * K, half_sq + i_h * K, o_k, o_k < K,
-                            best, code, width, METRIC, BK,
+                            best, code, width, METRIC,
                         )  # fmt: skip
                     line = tl.maximum(line, tl.max(tl.max(b_low, axis=1), axis=0))
         tl.store(values + work, best, mask=shared)
@@ -139,23 +125,23 @@ def settle_kernel(
 
 
 @triton.jit
-def merge_kernel(indices, open_list, open_count, values, winners, LEAD: tl.constexpr, SHARES: tl.constexpr):
+def merge_kernel(indices, hard_tokens, hard_count, values, winners, LEAD: tl.constexpr, SHARES: tl.constexpr):
     """Write the index of every shared token: the smallest value, of equal ones the lowest code."""
     o_s = tl.arange(0, SHARES)
-    n_lead = tl.minimum(tl.load(open_count), LEAD)
+    n_lead = tl.minimum(tl.load(hard_count), LEAD)
     for i in range(tl.program_id(0), n_lead, tl.num_programs(0)):
         b_value = tl.load(values + i * SHARES + o_s)  # [SHARES]
         b_code = tl.load(winners + i * SHARES + o_s)
-        b_code = tl.where(b_code < 0, 1 << 60, b_code)
-        low = tl.min(tl.where(b_code < (1 << 60), b_value, float("inf")), axis=0)
-        code = tl.min(tl.where(b_value == low, b_code, 1 << 60), axis=0)
-        tl.store(indices + tl.load(open_list + i), tl.where(code < (1 << 60), code, -1))
+        b_code = tl.where(b_code < 0, NO_CODE, b_code)
+        low = tl.min(tl.where(b_code < NO_CODE, b_value, float("inf")), axis=0)
+        code = tl.min(tl.where(b_value == low, b_code, NO_CODE), axis=0)
+        tl.store(indices + tl.load(hard_tokens + i), tl.where(code < NO_CODE, code, -1))
 
 
 def settle(
-    x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins: Bins, left: Open, indices: Tensor
+    x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins: Bins, hard: Hard, indices: Tensor
 ) -> None:
-    """Complete indices [H, N] in place for the tokens that are left open."""
+    """Complete indices [H, N] in place for the hard tokens."""
     H, N, D = x.shape
     codes, config = packed.codes, packed.config
     cuda = x.device.type == "cuda"
@@ -167,7 +153,7 @@ def settle(
         x, codes, packed.inverse, packed.norms, packed.shift, packed.scale, packed_tokens.scale,
         packed_tokens.norm, packed.half_sq,
         packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,
-        indices, left.tokens, left.line, left.count, values, winners,
+        indices, hard.tokens, hard.line, hard.count, values, winners,
         N, packed_tokens.norm.shape[1], codes.shape[1], D, bins.ranges, bins.steps,
         packed.half.shape[1] // config.block_n,
         LEAD=LEAD, SHARES=SHARES, METRIC=packed.metric,
@@ -175,8 +161,8 @@ def settle(
         TILE=TOKEN_TILE, WIDE_X=x.dtype == torch.float64, WIDE_E=codes.dtype == torch.float64,
         CERTIFIED=D <= bounds.MAX_CERTIFIED_D, E=bounds.refinement(D, 32) * bounds.UP,
         UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0, ORACLE=2 * bounds.ORACLE, UP=bounds.UP,
-        enable_fp_fusion=False, **(CUDA_OPTIONS if cuda and not torch.version.hip else {}),
+        enable_fp_fusion=False, **all_registers(x.device),
     )  # fmt: skip
     merge_kernel[(min(programs, lead),)](
-        indices, left.tokens, left.count, values, winners, LEAD=LEAD, SHARES=SHARES, num_warps=1
+        indices, hard.tokens, hard.count, values, winners, LEAD=LEAD, SHARES=SHARES, num_warps=1
     )

@@ -1,0 +1,107 @@
+"""The frame of a codebook: the shift m and the power of two 2^b that the packed codes live in (`bounds.py`)."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import bounds
+from .tokens import exp2_exact, power_of_two
+
+# Codes are measured by at most this many programs per chunk of columns; the last kernel reads what each of them found.
+_PARTS = 128
+
+
+@triton.jit
+def unit_or_given(p_e, b_inv, m_e, WIDE: tl.constexpr, UNIT: tl.constexpr):
+    """g e: the codes as given (g = 1) or of unit length, in float64 for float64 codes and in fp32 otherwise."""
+    b_e = tl.load(p_e, mask=m_e, other=0.0)
+    b_e = b_e.to(tl.float64) if WIDE else b_e.to(tl.float32)
+    return b_e * b_inv if UNIT else b_e
+
+
+@triton.jit(do_not_specialize=["K", "parts"])
+def measure_columns_kernel(
+    codes, inverse, measured,
+    K, parts,
+    D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One program measures BD columns of every parts-th block of BK codes of one head.
+
+    Writes sum, number, smallest and largest of the finite values in fp32 (measured [H, parts, 4, D]).
+    """
+    i_p, i_h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    b_sum, b_number = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    b_low, b_high = tl.full([BD], float("inf"), tl.float32), tl.full([BD], float("-inf"), tl.float32)
+    for k in range(i_p * BK, K, parts * BK):
+        o_k = k + tl.arange(0, BK)
+        m_k = o_k < K
+        b_inv = tl.load(inverse + i_h * K + o_k, mask=m_k, other=0.0)[:, None] if UNIT else 1.0
+        m_e = m_k[:, None] & m_d[None, :]
+        b_e = unit_or_given(codes + (i_h * K + o_k)[:, None] * D + o_d[None, :], b_inv, m_e, WIDE, UNIT)
+        b_e = b_e.to(tl.float32)  # [BK, BD]
+        finite = m_e & (b_e - b_e == 0.0)
+        b_sum += tl.sum(tl.where(finite, b_e, 0.0), axis=0)
+        b_number += tl.sum(finite.to(tl.float32), axis=0)
+        b_low = tl.minimum(b_low, tl.min(tl.where(finite, b_e, float("inf")), axis=0))
+        b_high = tl.maximum(b_high, tl.max(tl.where(finite, b_e, float("-inf")), axis=0))
+    p_measured = measured + ((i_h * parts + i_p) * 4) * D + o_d
+    tl.store(p_measured, b_sum, mask=m_d)
+    tl.store(p_measured + D, b_number, mask=m_d)
+    tl.store(p_measured + 2 * D, b_low, mask=m_d)
+    tl.store(p_measured + 3 * D, b_high, mask=m_d)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def frame_kernel(
+    measured, shift, scale, offset,
+    parts,
+    D: tl.constexpr, ROOT_D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One program turns what was measured of one head into m [D], 2^b and an upper bound of 2^b |m|."""
+    i_h = tl.program_id(0).to(tl.int64)
+    o_p = tl.arange(0, PARTS)
+    largest = tl.zeros([], tl.float32)
+    b_far = tl.zeros([BD], tl.float32)
+    for d in range(0, D, BD):
+        o_d = d + tl.arange(0, BD)
+        m_d = o_d < D
+        m_p = (o_p < parts)[:, None] & m_d[None, :]
+        p_measured = measured + ((i_h * parts + o_p) * 4)[:, None] * D + o_d[None, :]
+        b_sum = tl.sum(tl.load(p_measured, mask=m_p, other=0.0), axis=0)
+        b_number = tl.sum(tl.load(p_measured + D, mask=m_p, other=0.0), axis=0)
+        b_low = tl.min(tl.load(p_measured + 2 * D, mask=m_p, other=float("inf")), axis=0)
+        b_high = tl.max(tl.load(p_measured + 3 * D, mask=m_p, other=float("-inf")), axis=0)
+        b_m = b_sum / tl.maximum(b_number, 1.0)
+        # A sum that overflows is no help: any finite shift is valid.
+        b_m = tl.where(tl.abs(b_m) < float("inf"), b_m, 0.0)
+        b_span = tl.where(b_number > 0.0, tl.maximum(b_high - b_m, b_m - b_low), 0.0)  # max_k |g e - m|
+        tl.store(shift + i_h * D + o_d, b_m, mask=m_d)
+        largest = tl.maximum(largest, tl.max(tl.where(m_d, b_span, 0.0), axis=0))
+        b_far = tl.maximum(b_far, tl.where(m_d, tl.abs(b_m), 0.0))
+    # The limits keep 2^b, and 2^a / 2^b for tokens of any size, normal numbers.
+    b_scale = exp2_exact(power_of_two(largest, -106, 119))
+    tl.store(scale + i_h, b_scale)
+    tl.store(offset + i_h, tl.max(b_far, axis=0) * b_scale * ROOT_D)
+
+
+def frame(codes: Tensor, inverse: Tensor, unit: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """m [H, D], 2^b [H] and a bound of 2^b |m| [H], fp32, of dense codes [H, K, D] and, for unit codes, g_k [H, K]."""
+    H, K, D = codes.shape
+    block_k, block_d = 64, min(max(8, triton.next_power_of_2(D)), 64)
+    parts = min(triton.cdiv(K, block_k), _PARTS)
+    measured = torch.empty(H, parts, 4, D, dtype=torch.float32, device=codes.device)
+    shift = torch.empty(H, D, dtype=torch.float32, device=codes.device)
+    scale, offset = (torch.empty(H, dtype=torch.float32, device=codes.device) for _ in range(2))
+    measure_columns_kernel[(parts, triton.cdiv(D, block_d), H)](
+        codes, inverse, measured, K, parts,
+        D=D, BK=block_k, BD=block_d, WIDE=codes.dtype == torch.float64, UNIT=unit,
+    )  # fmt: skip
+    frame_kernel[(H,)](
+        measured, shift, scale, offset, parts, D=D, ROOT_D=math.sqrt(D) * bounds.UP, PARTS=_PARTS, BD=32
+    )  # fmt: skip
+    return shift, scale, offset

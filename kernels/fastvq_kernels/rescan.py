@@ -1,0 +1,121 @@
+"""The second scan: open tokens against all codes in two fp16 parts each, naming every code that can still win."""
+
+# Tuples of tensors grow in loops that the compiler unrolls.
+# mypy: disable-error-code="assignment, misc"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import bounds
+from .configs import all_registers, rescan_config
+from .open import CANDIDATES, Open
+from .pack import PackedCodebook
+from .tokens import PackedTokens
+
+
+@triton.jit
+def three_products(b_u, b_x, b_x2, b_e, b_e2, SPLIT: tl.constexpr):
+    """b_u + x.e for one chunk of columns, the small products first: they truncate at their own magnitude."""
+    if SPLIT:
+        return tl.dot(b_x, b_e.T, input_precision="ieee")
+    b_p = tl.dot(b_x, b_e2.T, input_precision="ieee")
+    b_p = tl.dot(b_x2, b_e.T, b_p, input_precision="ieee")
+    return b_u + tl.dot(b_x, b_e.T, b_p, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["N", "steps"])
+def rescan_kernel(
+    rows, low, codes, codes_low, fine, open_count, open_tokens, factors, found, candidates,
+    N, N_pad, KP, K_bias, steps,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CANDIDATES: tl.constexpr,
+    SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Each program walks over tiles of BM open tokens times ranges of codes, with the stride of the grid.
+
+    Appends to candidates [H, N, CANDIDATES] every code whose upper bound reaches the token's line and counts them in
+    found, beyond the room as well. How many tiles there are is read here, on the device; ranges fill the grid.
+    """
+    i_h = tl.program_id(1).to(tl.int64)
+    n_open = tl.load(open_count + i_h)
+    tiles = tl.cdiv(n_open, BM)
+    ranges = tl.minimum(tl.maximum(tl.num_programs(0) // tl.maximum(tiles, 1), 1), steps)
+    length = tl.cdiv(steps, ranges)
+    ranges = tl.cdiv(steps, length)
+    o_d = tl.arange(0, BD)
+    o_n = tl.arange(0, BN)
+    o_e = o_n[:, None] * D + o_d[None, :]
+    for item in range(tl.program_id(0), tiles * ranges, tl.num_programs(0)):
+        o_i = (item // ranges) * BM + tl.arange(0, BM)
+        m_i = o_i < n_open
+        b_t = tl.load(open_tokens + i_h * N + o_i, mask=m_i, other=0)
+        p_x = rows + (i_h * N_pad + b_t)[:, None] * D + o_d[None, :]
+        p_x2 = low + (i_h * N + o_i)[:, None] * D + o_d[None, :]
+        p_factor = factors + (i_h * N + o_i) * 3
+        b_c = tl.load(p_factor, mask=m_i, other=1.0)
+        b_w = tl.load(p_factor + 1, mask=m_i, other=0.0)
+        b_cut = tl.load(p_factor + 2, mask=m_i, other=float("inf"))  # nothing reaches it
+        p_found = found + i_h * N + o_i
+        p_candidate = candidates + (i_h * N + o_i) * CANDIDATES
+        b_xs, b_x2s = (), ()
+        if RESIDENT:
+            for d in tl.static_range(0, D, BD):
+                b_xs = b_xs + (tl.load(p_x + d),)
+                b_x2s = b_x2s + (b_xs[0] if SPLIT else tl.load(p_x2 + d, mask=m_i[:, None], other=0.0),)
+        first = (item % ranges) * length
+        p_e = codes + (i_h * KP + first * BN) * D
+        p_e2 = codes_low + (i_h * KP + first * BN) * D
+        p_bound = fine + (i_h * K_bias + first * BN + o_n) * 2
+        last = tl.where(tl.min(b_cut, axis=0) < float("inf"), tl.minimum(first + length, steps), first)
+        for t in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
+            b_u = tl.zeros([BM, BN], tl.float32)
+            if RESIDENT:
+                for i in tl.static_range(D // BD):
+                    b_e = tl.load(p_e + o_e + i * BD)  # [BN, BD]
+                    b_e2 = b_e if SPLIT else tl.load(p_e2 + o_e + i * BD)
+                    b_u = three_products(b_u, b_xs[i], b_x2s[i], b_e, b_e2, SPLIT)
+            else:
+                for d in tl.range(0, D, BD, num_stages=STAGES):
+                    b_x, b_e, b_e2 = tl.load(p_x + d), tl.load(p_e + o_e + d), tl.load(p_e2 + o_e + d)
+                    b_x2 = tl.load(p_x2 + d, mask=m_i[:, None], other=0.0)
+                    b_u = three_products(b_u, b_x, b_x2, b_e, b_e2, SPLIT)
+            b_B, b_G = tl.load(p_bound), tl.load(p_bound + 1)
+            b_u += b_c[:, None] * b_B[None, :] + b_w[:, None] * b_G[None, :] - b_cut[:, None]
+            # As one reduction: of the maxima of rows, the compiler for sm_100 fails. And not as the condition of the
+            # loop below alone, which would keep this loop from being pipelined.
+            if tl.max(b_u) >= 0.0:
+                # One code of each token at a time, from the last column down.
+                b_n = tl.full([BM], BN, tl.int32)
+                while tl.max(b_n, axis=0) > 0:
+                    reaches = (b_u >= 0.0) & (o_n[None, :] < b_n[:, None])
+                    b_n = tl.max(tl.where(reaches, o_n[None, :], -1), axis=1)
+                    hit = b_n >= 0
+                    b_slot = tl.atomic_add(p_found, 1, mask=hit, sem="relaxed")
+                    has_room = hit & (b_slot < CANDIDATES)
+                    tl.store(p_candidate + b_slot, t * BN + b_n, mask=has_room)
+                    b_cut = tl.where(hit & (~has_room), float("inf"), b_cut)
+                    b_n = tl.where(has_room, b_n, 0)
+            p_e += BN * D
+            p_e2 += BN * D
+            p_bound += 2 * BN
+
+
+def rescan(packed: PackedCodebook, tokens: PackedTokens, left: Open) -> Tensor:
+    """Candidates [H, N, CANDIDATES] int32 of the open tokens; how many there are is added to left.found."""
+    config = rescan_config()
+    H, N_pad, DP = tokens.rows.shape
+    N = left.tokens.shape[1]
+    KP = packed.half.shape[1]
+    device = tokens.rows.device
+    candidates = torch.empty(H, N, CANDIDATES, dtype=torch.int32, device=device)
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    rescan_kernel[(triton.cdiv(config.programs * units, H), H)](
+        tokens.rows, left.low, packed.half, packed.low, packed.fine,
+        left.count, left.tokens, left.factors, left.found, candidates,
+        N, N_pad, KP, packed.fine.shape[1], KP // config.block_n,
+        D=DP, BD=min(DP, bounds.CHUNK), BM=config.block_m, BN=config.block_n, CANDIDATES=CANDIDATES,
+        SPLIT=packed.split, RESIDENT=DP <= config.resident, STAGES=config.num_stages,
+        num_warps=config.num_warps, **all_registers(device),
+    )  # fmt: skip
+    return candidates
