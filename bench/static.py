@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from bench.issue_model import H100, PairCost, modelled_time, slots_per_pair
 from bench.main_loop import code_tile_loop, main_loop
 from bench.offline import TARGETS, Compiled
 from bench.refine_model import COUNTS, traffic_rows
-from bench.shipped import PLAIN_TILE, other_kernels, plain, scan
+from bench.shipped import PLAIN_TILE, plain, scan, search_kernels, training_kernels
 from bench.worst_case_model import worst_case_row
 
 # Widths of packed rows, with a dimension that has them.
@@ -45,7 +46,7 @@ def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any
         if target != "gfx942":
             compiled = plain(target)
             yield {**_resources(compiled, 64), **_costs(compiled, 64, PLAIN_TILE**2, 1)}
-        for dim, compiled in other_kernels(target):
+        for dim, compiled in chain(search_kernels(target), training_kernels(target)):
             if target == "sm_90" and compiled.name == "settle_kernel":
                 settles[dim] = compiled
             yield _resources(compiled, dim)

@@ -18,6 +18,8 @@ KERNELS = {
     "merge_kernel",
     "square_sums_kernel",
     "accumulate_kernel",
+    "sum_runs_kernel",
+    "ema_kernel",
 }
 
 
