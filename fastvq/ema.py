@@ -59,6 +59,8 @@ def ema_step(
                 embeddings, N, z_avg, counts, sums, rows, found, decay=decay, restart_thres=restart_thres,
                 restart_thres_relative=restart_thres_relative, resets=resets, smoothing=smoothing,
             )  # fmt: skip
+            # PyTorch does not see what a kernel writes; a kept packed codebook is known to be old by this count.
+            torch.autograd.graph.increment_version([embeddings, N, z_avg])
             return
         K = len(N)
         N.copy_(N * decay + counts * (1 - decay))
