@@ -31,7 +31,6 @@ _TYPES = {
     **dict.fromkeys(("norms", "out"), "*fp64"),
     **dict.fromkeys(("decay", "gain", "smoothing", "all_smoothing", "threshold", "threshold_per_token"), "fp32"),
     "half": "*fp16",
-    "p_sorted": "*i16",
     "p_found": "*i1",
 }
 # Padded sizes are multiples of 16 for the dimensions compiled here.
@@ -115,8 +114,8 @@ def training_kernels(target: str, dims: tuple[int, ...] = (3, 8, 64, 256)) -> It
         yield dim, _compile(accumulate.accumulate_kernel, target, scatter, ACCUMULATE.num_warps)
         block_r, block_d = ORDERED.blocks(dim)
         runs = {"D": dim, "BR": block_r, "BD": block_d, "LOG_RUN": ORDERED.log_run}
-        for above in ({}, {"p_order": None}):
-            yield dim, _compile(ordered.sum_runs_kernel, target, {**runs, **above}, ORDERED.num_warps)
+        for of_tokens in (True, False):
+            yield dim, _compile(ordered.sum_runs_kernel, target, {**runs, "TOKENS": of_tokens}, ORDERED.num_warps)
         block_k, block_d = EMA.blocks(dim)
         average = {"D": dim, "BK": block_k, "BD": block_d, "RESETS": True}
         unfused = {"enable_fp_fusion": False}

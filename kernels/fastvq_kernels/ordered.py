@@ -22,9 +22,9 @@ from .configs import ORDERED
 
 
 @triton.jit
-def load_rows(p_rows, p_order, b_row, m_r, o_d, D: tl.constexpr):
+def load_rows(p_rows, p_order, b_row, m_r, o_d, D: tl.constexpr, TOKENS: tl.constexpr):
     """[BR, BD] float32 of one row per run; zero where the run has ended."""
-    if p_order is not None:
+    if TOKENS:
         b_row = tl.load(p_order + b_row, mask=m_r, other=0)
     p_x = p_rows + b_row[:, None] * D + o_d[None, :]
     return tl.load(p_x, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
@@ -33,8 +33,8 @@ def load_rows(p_rows, p_order, b_row, m_r, o_d, D: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "K", "shift"])
 def sum_runs_kernel(
     p_rows,  # [., D] tokens, or the sums of the level below
-    p_order,  # [N] int64: token at each sorted position; None above the tokens
-    p_sorted,  # [N] int16 or int32: code at each sorted position, -1 first
+    p_indices,  # [N] int64
+    p_order,  # [N] int64: token at each sorted position, those with index -1 first
     p_starts,  # [K + 1] int64: first sorted position of each code
     p_sums,  # [K, D] float32
     p_above,  # [ceil(N / (RUN << shift)), D] float32
@@ -45,6 +45,7 @@ def sum_runs_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
     LOG_RUN: tl.constexpr,
+    TOKENS: tl.constexpr,  # the rows are tokens
 ):
     """One program adds BD dimensions of BR runs.
 
@@ -68,7 +69,8 @@ def sum_runs_kernel(
     else:
         b_j = (i_r - n_code_programs).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
         b_position = b_j << (shift + LOG_RUN)
-        b_k = tl.load(p_sorted + b_position, mask=b_position < N, other=-1).to(tl.int64)
+        m_r = b_position < N
+        b_k = tl.load(p_indices + tl.load(p_order + b_position, mask=m_r, other=0), mask=m_r, other=-1)
         m_r = b_k >= 0
         b_first = tl.load(p_starts + b_k, mask=m_r, other=0)
         b_rows = (tl.load(p_starts + b_k + 1, mask=m_r, other=0) - b_first) >> shift
@@ -86,10 +88,10 @@ def sum_runs_kernel(
     b_2 = tl.zeros([BR, BD], tl.float32)
     b_3 = tl.zeros([BR, BD], tl.float32)
     for i in range(0, tl.max(b_length), 4):
-        b_0 += load_rows(p_rows, p_order, b_row + i, i < b_length, o_d, D)
-        b_1 += load_rows(p_rows, p_order, b_row + i + 1, i + 1 < b_length, o_d, D)
-        b_2 += load_rows(p_rows, p_order, b_row + i + 2, i + 2 < b_length, o_d, D)
-        b_3 += load_rows(p_rows, p_order, b_row + i + 3, i + 3 < b_length, o_d, D)
+        b_0 += load_rows(p_rows, p_order, b_row + i, i < b_length, o_d, D, TOKENS)
+        b_1 += load_rows(p_rows, p_order, b_row + i + 1, i + 1 < b_length, o_d, D, TOKENS)
+        b_2 += load_rows(p_rows, p_order, b_row + i + 2, i + 2 < b_length, o_d, D, TOKENS)
+        b_3 += load_rows(p_rows, p_order, b_row + i + 3, i + 3 < b_length, o_d, D, TOKENS)
     b_sum = (b_0 + b_1) + (b_2 + b_3)  # [BR, BD]
     tl.store(p_out[:, None] + o_d[None, :], b_sum, mask=m_r[:, None] & (o_d < D)[None, :])
 
@@ -103,15 +105,16 @@ def ordered_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor
     starts = torch.searchsorted(codes, torch.arange(n_codes + 1, dtype=key, device=x.device))
     sums = torch.empty(n_codes, dim, dtype=torch.float32, device=x.device)
     block_r, block_d = ORDERED.blocks(dim)
-    shift, rows, n_rows = 0, x, n_tokens
-    while shift == 0 or n_rows:
-        # Fewer tokens than a run stands for at this level make none that needs another.
-        n_rows = triton.cdiv(n_tokens, ORDERED.run << shift) if n_tokens >= ORDERED.run << shift else 0
-        above = torch.empty(n_rows, dim, dtype=torch.float32, device=x.device)
-        grid = (triton.cdiv(n_codes, block_r) + triton.cdiv(n_rows, block_r), triton.cdiv(dim, block_d))
+    shift, rows, n_above = 0, x, 0
+    # Few tokens need no second level; it runs all the same, so that no later batch has to compile it.
+    while shift <= ORDERED.log_run or n_above:
+        run = ORDERED.run << shift
+        n_above = triton.cdiv(n_tokens, run) if n_tokens >= run else 0
+        above = torch.empty(n_above, dim, dtype=torch.float32, device=x.device)
+        grid = (triton.cdiv(n_codes, block_r) + triton.cdiv(n_above, block_r), triton.cdiv(dim, block_d))
         sum_runs_kernel[grid](
-            rows, None if shift else order, codes, starts, sums, above, n_tokens, n_codes, shift,
-            D=dim, BR=block_r, BD=block_d, LOG_RUN=ORDERED.log_run, num_warps=ORDERED.num_warps,
+            rows, indices, order, starts, sums, above, n_tokens, n_codes, shift,
+            D=dim, BR=block_r, BD=block_d, LOG_RUN=ORDERED.log_run, TOKENS=shift == 0, num_warps=ORDERED.num_warps,
         )  # fmt: skip
         shift, rows = shift + ORDERED.log_run, above
     return starts.diff().float(), sums
