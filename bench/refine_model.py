@@ -61,7 +61,11 @@ def traffic_seconds(problem: Problem, counts: Mapping[str, Any]) -> dict[str, fl
     n_open = tokens * counts["open"] / counts["tokens"]
     n_two = tokens * counts["by_two"] / counts["tokens"] + n_open
     walked = problem.codes * counts["walked_bins"] / max(1, counts["open"] * counts["bins"])  # codes per open token
-    of_bins, of_x, of_codes = _rate(tokens * bins), _rate(tokens * row), _rate(problem.heads * problem.codes * row)
+    of_bins, of_x, of_codes = (
+        operand_rate(tokens * bins),
+        operand_rate(tokens * row),
+        operand_rate(problem.heads * problem.codes * row),
+    )
     return {
         "bins": (tokens + SHARES * n_open) * bins / of_bins,
         # norm in, G_k of the best code in, index out
@@ -73,7 +77,8 @@ def traffic_seconds(problem: Problem, counts: Mapping[str, Any]) -> dict[str, fl
     }
 
 
-def _rate(operand_bytes: float) -> float:
+def operand_rate(operand_bytes: float) -> float:
+    """Bytes per second of an operand of that size."""
     return L2_RATE if operand_bytes <= L2_BYTES else MEMORY_RATE
 
 

@@ -24,7 +24,8 @@ from fastvq_kernels.scan import scan_kernel
 # Every argument that is not a float32 pointer.
 _TYPES = {
     **dict.fromkeys(
-        ("N", "N_pad", "K", "KP", "K_bias", "S", "D", "width", "steps", "all_steps", "steps_per_split", "shift"), "i32"
+        ("N", "N_pad", "K", "KP", "K_bias", "S", "D", "width", "steps", "all_steps", "steps_per_split", "log_unit"),
+        "i32",
     ),
     **dict.fromkeys(("indices", "open_list", "winners", "p_indices", "p_order", "p_starts"), "*i64"),
     **dict.fromkeys(("winner", "winners_of_bins", "open_count", "p_counts"), "*i32"),
@@ -106,8 +107,8 @@ def search_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> I
     yield 0, _compile(norms.square_sums_kernel, target, {"BK": 128}, 4, options={"enable_fp_fusion": False})
 
 
-def training_kernels(target: str, dims: tuple[int, ...] = (3, 8, 64, 256)) -> Iterator[tuple[int, Compiled]]:
-    """Statistics and update of the codebook, for tokens in float32; long rows are cut as those of 256 are."""
+def training_kernels(target: str, dims: tuple[int, ...] = (3, 64)) -> Iterator[tuple[int, Compiled]]:
+    """Statistics and update of the codebook, for tokens in float32: loads of one column, and of four."""
     for dim in dims:
         block_n, block_d = ACCUMULATE.blocks(dim)
         scatter = {"D": dim, "BN": block_n, "BD": block_d}

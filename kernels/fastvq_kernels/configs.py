@@ -133,17 +133,21 @@ ACCUMULATE = AccumulateConfig()
 ORDERED = OrderedConfig()
 EMA = EMAConfig()
 
-# Seconds between two atomic additions to the same row, measured on an H100.
+# Seconds from one atomic addition to a row to the next, on Hopper.
 HOT_ADD_SECONDS = 4.7e-9
 # What sorting costs more than atomics: some ten launches one after another, and about 60 bytes per token.
 SORT_SECONDS, SORT_SECONDS_PER_TOKEN = 30e-6, 2e-11
 
 
-def atomics_would_queue(n_tokens: int, n_codes: int) -> bool:
-    """Whether atomics on the most used code are expected to last longer than sorting the tokens.
+def hottest_share(n_codes: int) -> float:
+    """Share of the tokens that the most used code wins, by Zipf's law: the k-th code wins 1/k of what the first does.
 
-    How tokens fall on codes is known to the device alone. Taken is Zipf's law, the k-th code used 1/k as often as the
-    first, whose share is then 1 / (ln K + 0.58): trained codebooks are more even, young ones less.
+    How tokens fall on codes is known to the device alone. Trained codebooks are more even, young ones less.
     """
-    share = min(1.0, 1 / (math.log(n_codes) + 0.58))
-    return n_tokens * share * HOT_ADD_SECONDS > SORT_SECONDS + n_tokens * SORT_SECONDS_PER_TOKEN
+    return min(1.0, 1 / (math.log(n_codes) + 0.58))
+
+
+def atomics_would_queue(n_tokens: int, n_codes: int) -> bool:
+    """Whether atomics on the most used code are expected to last longer than sorting the tokens."""
+    queue = n_tokens * hottest_share(n_codes) * HOT_ADD_SECONDS
+    return queue > SORT_SECONDS + n_tokens * SORT_SECONDS_PER_TOKEN

@@ -30,17 +30,17 @@ def load_rows(p_rows, p_order, b_row, m_r, o_d, D: tl.constexpr, TOKENS: tl.cons
     return tl.load(p_x, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["N", "K", "shift"])
+@triton.jit(do_not_specialize=["N", "K", "log_unit"])
 def sum_runs_kernel(
     p_rows,  # [., D] tokens, or the sums of the level below
     p_indices,  # [N] int64
     p_order,  # [N] int64: token at each sorted position, those with index -1 first
     p_starts,  # [K + 1] int64: first sorted position of each code
     p_sums,  # [K, D] float32
-    p_above,  # [ceil(N / (RUN << shift)), D] float32
+    p_above,  # [ceil(N / (RUN << log_unit)), D] float32
     N,
     K,
-    shift,  # a row stands for the sorted position p << shift
+    log_unit,  # a row stands for the sorted position p << log_unit
     D: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
@@ -55,26 +55,26 @@ def sum_runs_kernel(
     i_r = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     RUN: tl.constexpr = 1 << LOG_RUN
-    unit = tl.full([], 1, tl.int64) << shift
+    unit = tl.full([], 1, tl.int64) << log_unit
     n_code_programs = tl.cdiv(K, BR)
     if i_r < n_code_programs:
         b_k = i_r.to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
         m_r = b_k < K
         b_first = tl.load(p_starts + b_k, mask=m_r, other=0)
         b_tokens = tl.load(p_starts + b_k + 1, mask=m_r, other=0) - b_first
-        b_row = (b_first + unit - 1) >> shift
-        b_length = b_tokens >> shift
-        m_r &= (b_length < RUN) & ((b_length > 0) | (shift == 0))
+        b_row = (b_first + unit - 1) >> log_unit
+        b_length = b_tokens >> log_unit
+        m_r &= (b_length < RUN) & ((b_length > 0) | (log_unit == 0))
         p_out = p_sums + b_k * D
     else:
         b_j = (i_r - n_code_programs).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
-        b_position = b_j << (shift + LOG_RUN)
+        b_position = b_j << (log_unit + LOG_RUN)
         m_r = b_position < N
         b_k = tl.load(p_indices + tl.load(p_order + b_position, mask=m_r, other=0), mask=m_r, other=-1)
         m_r = b_k >= 0
         b_first = tl.load(p_starts + b_k, mask=m_r, other=0)
-        b_rows = (tl.load(p_starts + b_k + 1, mask=m_r, other=0) - b_first) >> shift
-        b_row = (b_first + unit - 1) >> shift
+        b_rows = (tl.load(p_starts + b_k + 1, mask=m_r, other=0) - b_first) >> log_unit
+        b_row = (b_first + unit - 1) >> log_unit
         b_run = b_j - ((b_row + RUN - 1) >> LOG_RUN)
         b_runs = b_rows >> LOG_RUN
         # The last run has up to 2 RUN - 1 rows; their second multiple of RUN names no run.
@@ -96,25 +96,29 @@ def sum_runs_kernel(
     tl.store(p_out[:, None] + o_d[None, :], b_sum, mask=m_r[:, None] & (o_d < D)[None, :])
 
 
+def sort_key(n_codes: int) -> torch.dtype:
+    """The shortest integers that name the codes: a radix sort passes over its keys once per byte."""
+    return torch.int16 if n_codes < 2**15 else torch.int32
+
+
 def ordered_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
     """Counts ``[K]`` and sums ``[K, D]``, float32, of dense ``x [N, D]`` by dense ``indices [N]``, -1 left out."""
     n_tokens, dim = x.shape
-    # A radix sort passes over its keys once per byte.
-    key = torch.int16 if n_codes < 2**15 else torch.int32
+    key = sort_key(n_codes)
     codes, order = torch.sort(indices.to(key), stable=True)
     starts = torch.searchsorted(codes, torch.arange(n_codes + 1, dtype=key, device=x.device))
     sums = torch.empty(n_codes, dim, dtype=torch.float32, device=x.device)
     block_r, block_d = ORDERED.blocks(dim)
-    shift, rows, n_above = 0, x, 0
+    log_unit, rows, n_above = 0, x, 0
     # Few tokens need no second level; it runs all the same, so that no later batch has to compile it.
-    while shift <= ORDERED.log_run or n_above:
-        run = ORDERED.run << shift
+    while log_unit <= ORDERED.log_run or n_above:
+        run = ORDERED.run << log_unit
         n_above = triton.cdiv(n_tokens, run) if n_tokens >= run else 0
         above = torch.empty(n_above, dim, dtype=torch.float32, device=x.device)
         grid = (triton.cdiv(n_codes, block_r) + triton.cdiv(n_above, block_r), triton.cdiv(dim, block_d))
         sum_runs_kernel[grid](
-            rows, indices, order, starts, sums, above, n_tokens, n_codes, shift,
-            D=dim, BR=block_r, BD=block_d, LOG_RUN=ORDERED.log_run, TOKENS=shift == 0, num_warps=ORDERED.num_warps,
+            rows, indices, order, starts, sums, above, n_tokens, n_codes, log_unit,
+            D=dim, BR=block_r, BD=block_d, LOG_RUN=ORDERED.log_run, TOKENS=log_unit == 0, num_warps=ORDERED.num_warps,
         )  # fmt: skip
-        shift, rows = shift + ORDERED.log_run, above
+        log_unit, rows = log_unit + ORDERED.log_run, above
     return starts.diff().float(), sums
