@@ -65,7 +65,7 @@ def sum_runs_kernel(
         b_row = (b_first + unit - 1) >> log_unit
         b_length = b_tokens >> log_unit
         m_r &= (b_length < RUN) & ((b_length > 0) | (log_unit == 0))
-        p_out = p_sums + b_k * D
+        p_out, b_out = p_sums, b_k
     else:
         b_j = (i_r - n_code_programs).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
         b_position = b_j << (log_unit + LOG_RUN)
@@ -81,7 +81,7 @@ def sum_runs_kernel(
         m_r &= b_run < b_runs
         b_row += b_run << LOG_RUN
         b_length = tl.where(b_run == b_runs - 1, b_rows - (b_run << LOG_RUN), RUN)
-        p_out = p_above + b_j * D
+        p_out, b_out = p_above, b_j
     b_length = tl.where(m_r, b_length, 0).to(tl.int32)
     b_0 = tl.zeros([BR, BD], tl.float32)
     b_1 = tl.zeros([BR, BD], tl.float32)
@@ -93,7 +93,7 @@ def sum_runs_kernel(
         b_2 += load_rows(p_rows, p_order, b_row + i + 2, i + 2 < b_length, o_d, D, TOKENS)
         b_3 += load_rows(p_rows, p_order, b_row + i + 3, i + 3 < b_length, o_d, D, TOKENS)
     b_sum = (b_0 + b_1) + (b_2 + b_3)  # [BR, BD]
-    tl.store(p_out[:, None] + o_d[None, :], b_sum, mask=m_r[:, None] & (o_d < D)[None, :])
+    tl.store(p_out + b_out[:, None] * D + o_d[None, :], b_sum, mask=m_r[:, None] & (o_d < D)[None, :])
 
 
 def sort_key(n_codes: int) -> torch.dtype:
