@@ -73,7 +73,11 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCo
     n_hard = tokens * counts["hard"] / counts["tokens"]
     candidates = tokens * counts["candidates"] / counts["tokens"]
     walked = problem.codes * counts["walked_bins"] / max(1, counts["hard"] * counts["bins"])  # codes per hard token
-    of_bins, of_x, of_codes = _rate(tokens * bins), _rate(tokens * row), _rate(problem.heads * problem.codes * row)
+    of_bins, of_x, of_codes = (
+        operand_rate(tokens * bins),
+        operand_rate(tokens * row),
+        operand_rate(problem.heads * problem.codes * row),
+    )
     full_tiles = problem.heads * triton.cdiv(math.ceil(n_open / problem.heads), tiles.block_m)
     codes = triton.cdiv(problem.codes, tiles.block_n) * tiles.block_n
     parts = products(problem.dim) // packed_width(problem.dim)
@@ -92,7 +96,8 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCo
     }
 
 
-def _rate(operand_bytes: float) -> float:
+def operand_rate(operand_bytes: float) -> float:
+    """Bytes per second of an operand of that size."""
     return L2_RATE if operand_bytes <= L2_BYTES else MEMORY_RATE
 
 

@@ -9,10 +9,12 @@ import triton
 
 from bench.offline import Compiled, compile_offline
 from bench.plain_kernels import max_with_index
-from fastvq_kernels import accumulate, bounds, decide, frame, norms, pack, refine, settle, tokens
+from fastvq_kernels import accumulate, bounds, decide, ema, frame, norms, ordered, pack, refine, settle, tokens
 from fastvq_kernels.configs import (
     ACCUMULATE,
     ALL_REGISTERS,
+    EMA,
+    ORDERED,
     SPLIT_D,
     TOKEN_TILE,
     RescanConfig,
@@ -31,12 +33,14 @@ _TYPES = {
     **dict.fromkeys(
         ("N", "N_pad", "K", "KP", "K_bias", "S", "D", "width", "parts", "steps", "all_steps", "steps_per_split"), "i32"
     ),
-    **dict.fromkeys(("indices", "open_tokens", "hard_tokens", "winners", "p_indices"), "*i64"),
-    **dict.fromkeys(
-        ("winner", "winners_of_bins", "open_count", "hard_count", "found", "candidates", "p_counts"), "*i32"
-    ),
+    "log_unit": "i32",
+    **dict.fromkeys(("indices", "open_tokens", "hard_tokens", "winners", "p_indices", "p_order", "p_starts"), "*i64"),
+    **dict.fromkeys(("winner", "winners_of_bins", "candidates", "found"), "*i32"),
+    **dict.fromkeys(("open_count", "hard_count", "p_counts"), "*i32"),
     **dict.fromkeys(("norms", "out"), "*fp64"),
+    **dict.fromkeys(("decay", "gain", "smoothing", "all_smoothing", "threshold", "threshold_per_token"), "fp32"),
     **dict.fromkeys(("half", "rows", "low", "codes_low"), "*fp16"),
+    "p_found": "*i1",
 }
 # Padded sizes are multiples of 16 for the dimensions compiled here.
 _DIVISIBLE = {"N_pad", "KP", "K_bias"}
@@ -100,8 +104,8 @@ def rescan(target: str, dim: int) -> tuple[Compiled, RescanConfig]:
     return compiled, config
 
 
-def other_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> Iterator[tuple[int, Compiled]]:
-    """Everything but the two scans, for tokens and codes in float32."""
+def search_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> Iterator[tuple[int, Compiled]]:
+    """The search but for the two scans, for tokens and codes in float32."""
     unfused = {"enable_fp_fusion": False}
     for dim in dims:
         split = dim <= SPLIT_D
@@ -148,8 +152,22 @@ def other_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> It
     shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES}
     yield 0, _compile(settle.merge_kernel, target, shares, 1, types={"values": "*fp64"})
     yield 0, _compile(norms.square_sums_kernel, target, {"BK": 128}, 4, options={"enable_fp_fusion": False})
-    scatter = {"BN": ACCUMULATE.block_n, "BD": ACCUMULATE.block_d}
-    yield 0, _compile(accumulate.accumulate_kernel, target, scatter, ACCUMULATE.num_warps)
+
+
+def training_kernels(target: str, dims: tuple[int, ...] = (3, 64)) -> Iterator[tuple[int, Compiled]]:
+    """Statistics and update of the codebook, for tokens in float32: loads of one column, and of four."""
+    for dim in dims:
+        block_n, block_d = ACCUMULATE.blocks(dim)
+        scatter = {"D": dim, "BN": block_n, "BD": block_d}
+        yield dim, _compile(accumulate.accumulate_kernel, target, scatter, ACCUMULATE.num_warps)
+        block_r, block_d = ORDERED.blocks(dim)
+        runs = {"D": dim, "BR": block_r, "BD": block_d, "LOG_RUN": ORDERED.log_run}
+        for of_tokens in (True, False):
+            yield dim, _compile(ordered.sum_runs_kernel, target, {**runs, "TOKENS": of_tokens}, ORDERED.num_warps)
+        block_k, block_d = EMA.blocks(dim)
+        average = {"D": dim, "BK": block_k, "BD": block_d, "RESETS": True}
+        unfused = {"enable_fp_fusion": False}
+        yield dim, _compile(ema.ema_kernel, target, average, EMA.num_warps, options=unfused)
 
 
 def _compile(

@@ -2,7 +2,8 @@
 
 Every shipped configuration is compiled offline; nothing is run or timed. For NVIDIA chips the instructions of the
 scan's main loop are counted and a model turns them into a time, which is a floor and not a measurement. A second model
-says what the steps after the scan add at the shapes of models, and in the worst case.
+says what the steps after the scan add at the shapes of models, and in the worst case; a third, what the statistics of a
+training step cost beside reading its tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +22,8 @@ from bench.issue_model import H100, PairCost, modelled_time, slots_per_pair
 from bench.main_loop import code_tile_loop, main_loop
 from bench.offline import TARGETS, Compiled
 from bench.refine_model import COUNTS, products, traffic_rows
-from bench.shipped import PLAIN_TILE, other_kernels, plain, rescan, scan
+from bench.shipped import PLAIN_TILE, plain, rescan, scan, search_kernels, training_kernels
+from bench.statistics_model import statistics_rows
 from bench.worst_case_model import worst_case_row
 from fastvq_kernels.bounds import CHUNK
 from fastvq_kernels.configs import packed_width
@@ -33,7 +36,7 @@ TOKENS, CODES = 65536, 16384
 
 
 def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any]]:
-    """One record per kernel, width and target; then those of the models of what follows the scan on sm_90."""
+    """One record per kernel, width and target; then those of the models of traffic on sm_90."""
     scan_costs: dict[int, PairCost] = {}
     rescan_costs: dict[int, PairCost] = {}
     settles: dict[int, Compiled] = {}
@@ -58,12 +61,13 @@ def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any
         if target != "gfx942":
             compiled = plain(target)
             yield {**_resources(compiled, 64), **_costs(compiled, 64, PLAIN_TILE**2, 1)}
-        for dim, compiled in other_kernels(target):
+        for dim, compiled in chain(search_kernels(target), training_kernels(target)):
             if target == "sm_90" and compiled.name == "settle_kernel":
                 settles[dim] = compiled
             yield _resources(compiled, dim)
     if scan_costs:
         yield from traffic_rows(scan_costs, rescan_costs)
+        yield from statistics_rows()
     for dim, compiled in settles.items():
         yield worst_case_row(compiled, dim)
 
@@ -78,6 +82,7 @@ def _resources(kernel: Compiled, width: int) -> dict[str, Any]:
         "shared_bytes": kernel.shared_bytes,
         "shared_limit_bytes": kernel.shared_limit_bytes,
         "matrix_instructions": dict(kernel.matrix_instructions),
+        "vector_atomics": "ADD.F32x4" in kernel.assembly,
     }
 
 
@@ -120,6 +125,7 @@ def main() -> None:
     console.print(_resource_table([row for row in rows if "registers" in row]))
     console.print(_traffic_table([row for row in rows if "share_of_scan" in row]))
     console.print(f"Model, not a measurement; open tokens as counted in {COUNTS.name}.")
+    console.print(_statistics_table([row for row in rows if "reads_of_x" in row]))
     for row in rows:
         if "ratio_overlapped" in row:
             console.print(
@@ -156,6 +162,25 @@ def _traffic_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['after_scan_modelled_us']:.1f}",
             f"{100 * row['share_of_scan']:.0f}",
             row["largest_term"],
+        )
+    return table
+
+
+def _statistics_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="modelled traffic of a training step's statistics, in µs + launches, on an H100")
+    for column in ("shape", "H×N×K×D"):
+        table.add_column(column, no_wrap=True)
+    for column in ("x once", "atomics", "ordered", "chosen", "times x once", "most of it", "EMA"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            *(row[key] for key in ("shape", "size")),
+            f"{row['read_modelled_us']:.1f}",
+            *(f"{row[f'{form}_modelled_us']:.1f} + {row[f'{form}_launches']}" for form in ("atomics", "ordered")),
+            row["chosen"],
+            f"{row['reads_of_x']:.1f}",
+            row["largest_term"],
+            f"{row['ema_modelled_us']:.1f}",
         )
     return table
 

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvq import ops
 from fastvq.distributed import all_reduce_sum, broadcast_from_rank_0, is_distributed
 from fastvq.functional import code_statistics, lookup, quantize_keeping
 from fastvq.kept import KeptCodebook
 from fastvq.reference import Quantized
-
-# Laplace smoothing of the counts, in tokens: VideoGPT's and ESM3's constant.
-_SMOOTHING = 1e-7
 
 
 class EMACodebook(nn.Module):
@@ -151,17 +149,9 @@ class EMACodebook(nn.Module):
     def _update(self, z: Tensor, indices: Tensor) -> None:
         counts, sums = code_statistics(z, indices, self.n_codes)
         counts, sums = all_reduce_sum(torch.cat([counts[:, None], sums], 1)).split([1, self.embedding_dim], 1)
-        self.N.mul_(self.ema_decay).add_(counts[:, 0], alpha=1 - self.ema_decay)
-        self.z_avg.mul_(self.ema_decay).add_(sums, alpha=1 - self.ema_decay)
-        n = self.N.sum()
-        weights = (self.N + _SMOOTHING) / (n + self.n_codes * _SMOOTHING) * n
-        # Before any token was ever counted there is nothing to divide by.
-        embeddings = torch.where(n > 0, self.z_avg / weights[:, None], self.embeddings)
-        if not self.no_random_restart:
-            rows, found = self._draw(*self._real_tokens(z, indices >= 0))
-            rare = (self.N < self.restart_thres)[:, None]
-            embeddings = torch.where(rare & found, rows, embeddings)
-        self.embeddings.copy_(embeddings)
+        rows, found = (None, None) if self.no_random_restart else self._draw(*self._real_tokens(z, indices >= 0))
+        state = self.embeddings, self.N, self.z_avg
+        ops.ema_step(*state, counts[:, 0], sums, rows, found, decay=self.ema_decay, restart_thres=self.restart_thres)
 
     def _real_tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """All tokens ``[n, D]`` float32 and which of them may become a code ``[n]``."""

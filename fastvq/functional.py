@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -102,6 +103,7 @@ def code_statistics(
     n_codes: int,
     *,
     mask: Tensor | None = None,
+    heads: bool = False,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Number of tokens per code and their sums: ``counts_k = |{i: idx_i = k}|``, ``sums_k = Σ_{i: idx_i = k} x_i``.
@@ -111,11 +113,14 @@ def code_statistics(
         indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out.
         n_codes: K ≥ 1.
         mask: bool ``[...]``, False is left out. Default: all.
-        deterministic: add in a fixed order. Default: as ``torch.are_deterministic_algorithms_enabled()`` says.
-            The CPU always does.
+        heads: ``x [H, ..., D]`` and ``indices [H, ...]`` belong to one codebook of K codes per head.
+        deterministic: True adds in an order that depends on nothing but the tokens of the code, as the CPU always
+            does; False adds in any order, which is faster for short codes and few tokens. Default: True where
+            ``torch.are_deterministic_algorithms_enabled()``, otherwise whichever is faster for N and K.
 
     Returns:
-        ``(counts [K], sums [K, D])``, float32, accumulated in integers and in float32.
+        ``(counts [K], sums [K, D])``, float32, accumulated in integers and in float32; with ``heads``
+        ``(counts [H, K], sums [H, K, D])``.
 
     Raises:
         TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
@@ -129,13 +134,20 @@ def code_statistics(
     _check_same_device("indices", indices, x)
     if n_codes < 1:
         raise ValueError(f"n_codes must be at least 1, got {n_codes}")
+    if heads and x.dim() < 2:
+        raise ValueError(f"x must be [heads, ..., D] with heads, got {list(x.shape)}")
     _check_mask(mask, x)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    leading = x.shape[:1] if heads else ()
+    if heads:
+        first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
+        indices = torch.where(indices < 0, -1, indices + first)
+    if deterministic is None and torch.are_deterministic_algorithms_enabled():
+        deterministic = True
     flat = x.detach().reshape(-1, x.shape[-1])
-    return ops.code_statistics(flat, indices.reshape(-1), n_codes, deterministic)
+    counts, sums = ops.code_statistics(flat, indices.reshape(-1), n_codes * math.prod(leading), deterministic)
+    return counts.view(*leading, n_codes), sums.view(*leading, n_codes, x.shape[-1])
 
 
 def quantize(

@@ -128,11 +128,17 @@ def nearest_code_expanded(x: Tensor, codebook: Tensor, metric: str = "euclidean"
     return distances.argmin(1)
 
 
-def code_statistics(x: Tensor, indices: Tensor, n_codes: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def code_statistics(
+    x: Tensor, indices: Tensor, n_codes: int, *, mask: Tensor | None = None, heads: bool = False
+) -> tuple[Tensor, Tensor]:
     """Tokens per code and their sums: ``counts = Σ one_hot``, ``sums = one_hotᵀ x``, materialising the one-hot.
 
     Shapes and dtypes as in :func:`fastvq.code_statistics`.
     """
+    if heads:
+        masks = [None] * len(x) if mask is None else list(mask)
+        per_head = [code_statistics(t, i, n_codes, mask=m) for t, i, m in zip(x, indices, masks, strict=True)]
+        return torch.stack([counts for counts, _ in per_head]), torch.stack([sums for _, sums in per_head])
     flat, codes = x.reshape(-1, x.shape[-1]).float(), indices.reshape(-1)
     kept = codes >= 0 if mask is None else (codes >= 0) & mask.reshape(-1)
     one_hot = F.one_hot(codes[kept], n_codes).float()

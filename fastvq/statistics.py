@@ -8,30 +8,34 @@ from torch import Tensor
 from fastvq.backends import choose_backend, on_device_of
 
 
-def statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) -> tuple[Tensor, Tensor]:
+def statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
     """Counts and sums of ``x [N, D]`` by ``indices [N]``; -1 is left out.
 
-    ``deterministic`` fixes the order of the float32 additions; the scatter-add kernel's atomics do not.
+    ``deterministic`` fixes the order of the float32 additions, as the CPU always does; None leaves the order to what
+    is faster for the sizes.
     """
     with torch.no_grad():
-        if deterministic or choose_backend(x.device)[0] == "torch":
-            return _scatter_add(x, indices, n_codes, deterministic)
+        if choose_backend(x.device)[0] == "torch":
+            return _scatter_add(x, indices, n_codes, bool(deterministic))
         from fastvq_kernels.accumulate import code_statistics
 
         with on_device_of(x):
-            return code_statistics(x, indices, n_codes)
+            return code_statistics(x, indices, n_codes, deterministic)
 
 
 def _scatter_add(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) -> tuple[Tensor, Tensor]:
-    # A spare last row takes the tokens without a code, so that no shape depends on the data.
+    if x.device.type == "cpu" and (not len(indices) or indices.amin() >= 0):
+        sums = torch.zeros(n_codes, x.shape[1], dtype=torch.float32).index_add_(0, indices, x.float())
+        return torch.bincount(indices, minlength=n_codes).float(), sums
+    # A spare last row takes the tokens without a code and whatever they hold, so that x need not be copied.
     rows = torch.where(indices < 0, n_codes, indices)
-    values = torch.where(indices[:, None] < 0, 0, x).float()
+    sums = torch.zeros(n_codes + 1, x.shape[1], dtype=torch.float32, device=x.device)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(before[0] or deterministic, warn_only=before[1])
     try:
-        sums = values.new_zeros(n_codes + 1, x.shape[1]).index_add_(0, rows, values)
+        sums.index_add_(0, rows, x.float())
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    # Integer counts: float32 stops counting at 2^24.
+    # Integer counts: float32 stops counting at 2^24. Not bincount, which would wait for another device than the CPU.
     counts = torch.zeros(n_codes + 1, dtype=torch.int64, device=x.device).index_add_(0, rows, torch.ones_like(rows))
     return counts[:-1].float(), sums[:-1]

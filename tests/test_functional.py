@@ -145,6 +145,11 @@ X, E = torch.randn(5, 4), torch.randn(7, 4)
         (lambda: fastvq.code_statistics(X, torch.zeros(5), 7), TypeError, r"indices must be an int64.*float32"),
         (lambda: fastvq.code_statistics(X, torch.arange(4), 7), ValueError, r"indices must be \[5\].*got \[4\]"),
         (lambda: fastvq.code_statistics(X, torch.arange(5), 0), ValueError, r"n_codes must be at least 1, got 0"),
+        (
+            lambda: fastvq.code_statistics(X[0], torch.tensor(1), 7, heads=True),
+            ValueError,
+            r"x must be \[heads, ..., D\]",
+        ),
         (lambda: fastvq.lookup(X, E), TypeError, r"indices must be an int64 or int32 tensor.*float32"),
         (lambda: fastvq.lookup(torch.arange(3), E[0]), ValueError, r"codebook must be \[n_codes, D\]"),
         (lambda: fastvq.lookup(torch.arange(3), E[None]), ValueError, r"indices must be \[1, ...\].*got \[3\]"),

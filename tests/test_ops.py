@@ -14,8 +14,9 @@ def test_search_operator_passes_opcheck(metric):
         torch.library.opcheck(torch.ops.fastvq.nearest_code, (x, codebook, metric, "auto"))
 
 
-def test_statistics_operator_passes_opcheck():
-    args = (torch.randn(10, 4), torch.randint(-1, 5, (10,)), 5, False)
+@pytest.mark.parametrize("deterministic", [None, True])
+def test_statistics_operator_passes_opcheck(deterministic):
+    args = (torch.randn(10, 4), torch.randint(-1, 5, (10,)), 5, deterministic)
     torch.library.opcheck(torch.ops.fastvq.code_statistics, args)
 
 
@@ -61,7 +62,8 @@ def test_compiled_module_equals_eager_in_one_graph(compiler, training):
 def test_functions_compile_in_one_graph():
     def step(x, codebook, mask):
         indices, distance = fastvq.nearest_code(x, codebook, mask=mask, return_distance=True, metric="cosine")
-        return fastvq.quantize(x, codebook, mask=mask), distance, fastvq.code_statistics(x, indices, len(codebook))
+        statistics = [fastvq.code_statistics(x, indices, len(codebook), heads=heads) for heads in (False, True)]
+        return fastvq.quantize(x, codebook, mask=mask), distance, statistics
 
     args = torch.randn(6, 5, 3), torch.randn(11, 3), torch.rand(6, 5) < 0.7
     expected = step(*args)

@@ -45,14 +45,8 @@ def launches():
 def test_sizes_strides_and_offsets_never_compile_again(launches, family):
     expected, *others = launches[family].items()
     kernels = {kernel for kernel, _ in expected[1]}
-    assert {
-        "pack_codes_kernel",
-        "pack_tokens_kernel",
-        "scan_kernel",
-        "refine_kernel",
-        "rescan_kernel",
-        "settle_kernel",
-    } < kernels
+    assert {"pack_codes_kernel", "pack_tokens_kernel", "scan_kernel", "refine_kernel", "rescan_kernel"} < kernels
+    assert {"decide_kernel", "settle_kernel", "accumulate_kernel", "sum_runs_kernel", "ema_kernel"} < kernels
     for name, found in others:
         for kernel in found:
             assert kernel in expected[1], f"{name} compiles {kernel[0]} again, after {expected[0]}"
@@ -92,6 +86,7 @@ def record(families):
 
     from fastvq_kernels.accumulate import code_statistics
     from fastvq_kernels.configs import packed_width, scan_config
+    from fastvq_kernels.ema import ema_step
     from fastvq_kernels.pack import pack_codebook
     from fastvq_kernels.search import certified_search
 
@@ -112,7 +107,12 @@ def record(families):
             certified_search(x if x.dim() == 3 else x[None], pack_codebook(codebook, metric, config))
             tokens = x.reshape(-1, dim)
             buffer = torch.zeros(len(tokens) + 1, dtype=torch.int64)
-            code_statistics(tokens, buffer[1:] if "offset" in name else buffer[:-1], codebook.shape[-2])
+            indices, n_codes = buffer[1:] if "offset" in name else buffer[:-1], codebook.shape[-2]
+            code_statistics(tokens, indices, n_codes, False)
+            _, sums = code_statistics(tokens, indices, n_codes, True)
+            state = torch.zeros(n_codes, dim), torch.zeros(n_codes), torch.zeros(n_codes, dim)
+            counts_and_sums = torch.zeros(n_codes, 1 + dim).split([1, dim], 1)
+            ema_step(*state, counts_and_sums[0][:, 0], counts_and_sums[1], sums, torch.tensor(True), decay=0.99)
             launched[name] = list(found)
         yield launched
 

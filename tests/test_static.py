@@ -23,6 +23,8 @@ KERNELS = {
     "merge_kernel",
     "square_sums_kernel",
     "accumulate_kernel",
+    "sum_runs_kernel",
+    "ema_kernel",
 }
 
 
@@ -121,6 +123,21 @@ def test_refinement_and_settling_are_small_beside_the_scan(rows):
     for name, row in modelled.items():
         assert row["share_of_scan"] <= BEYOND.get(name, 0.15 if row["codes"] >= 4096 else 0.40), row
         assert name not in BEYOND or row["largest_term"] == "walk", row
+
+
+def test_statistics_cost_little_more_than_reading_the_tokens(rows):
+    """Modelled, where the tokens are more than what the launches and the codebook cost."""
+    modelled = [row for row in rows if "reads_of_x" in row and row["read_modelled_us"] > 10]
+    assert len(modelled) == 5
+    for row in modelled:
+        assert row["chosen"] == "ordered", row
+        assert row["reads_of_x"] <= 1.5, row
+
+
+def test_tokens_are_added_four_columns_at_a_time_on_hopper(compiled):
+    """Scalar atomics would be four times as many instructions."""
+    found = [row for row in compiled if row["kernel"] == "accumulate_kernel" and row["target"] == "sm_90"]
+    assert {row["D"]: row["vector_atomics"] for row in found} == {3: False, 64: True}
 
 
 def test_settling_equal_codes_is_near_a_plain_float64_scan(rows):

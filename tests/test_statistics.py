@@ -5,19 +5,37 @@ import torch
 
 import fastvq
 from fastvq import reference
-from fastvq_kernels import accumulate
+from fastvq_kernels import accumulate, ordered
+from fastvq_kernels.configs import ORDERED, atomics_would_queue
+
+# So many values are added one after another to give a sum of n tokens in a fixed order: in one run of at most
+# 2 RUN - 1 rows a value meets at most RUN / 2 additions of its chain and two of chains; three levels hold 64^3 tokens.
+ORDERED_ADDITIONS = 3 * (ORDERED.run // 2 + 2)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "atomics", "ordered"])
 def code_statistics(request, kernel_device):
     if request.param == "torch":
         return fastvq.code_statistics
     return lambda x, indices, n_codes: tuple(
-        t.cpu() for t in accumulate.code_statistics(x.to(kernel_device), indices.to(kernel_device), n_codes)
+        t.cpu()
+        for t in accumulate.code_statistics(
+            x.to(kernel_device), indices.to(kernel_device), n_codes, request.param == "ordered"
+        )
     )
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(0, 3, 4), (1, 1, 1), (33, 7, 5), (200, 1000, 130), (500, 2, 12)])
+@pytest.fixture
+def ordered_sums(kernel_device):
+    def sums(x, indices, n_codes):
+        return accumulate.code_statistics(x.to(kernel_device), indices.to(kernel_device), n_codes, True)[1].cpu()
+
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(0, 3, 4), (1, 1, 1), (33, 7, 5), (60, 300, 130), (500, 2, 12), (4200, 1, 3)]
+)
 def test_integers_are_counted_and_summed_exactly(code_statistics, n, k, d):
     x, indices = torch.randint(-100, 100, (n, d)).float(), torch.randint(-1, k, (n,))
     counts, sums = code_statistics(x, indices, k)
@@ -36,15 +54,28 @@ def test_sums_are_accumulated_in_float32(code_statistics, dtype):
     assert ((sums.double() - x.double().sum(0)).abs() <= bound).all()
 
 
-def test_leading_shape_mask_and_strides():
+def test_leading_shape_mask_and_strides(code_statistics):
     x, indices = torch.randint(-9, 9, (5, 4, 6)).float().permute(1, 2, 0), torch.randint(0, 7, (4, 6))
     mask = torch.rand(4, 6) < 0.5
-    for ours, theirs in zip(
-        fastvq.code_statistics(x, indices, 7, mask=mask),
-        reference.code_statistics(x, indices, 7, mask=mask),
-        strict=True,
-    ):
+    expected = reference.code_statistics(x, indices, 7, mask=mask)
+    for ours, theirs in zip(fastvq.code_statistics(x, indices, 7, mask=mask), expected, strict=True):
         assert torch.equal(ours, theirs)
+    flat, strided = x.reshape(-1, 5), torch.full((24, 2), -1)
+    strided[:, 1] = torch.where(mask, indices, -1).flatten()
+    for tokens in (flat, torch.stack([flat, flat], 1)[:, 1], flat.t().contiguous().t()):
+        for ours, theirs in zip(code_statistics(tokens, strided[:, 1], 7), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (2, 5, 8), (4, 0), (2,)])
+def test_heads_have_codes_of_their_own(shape):
+    x, indices = torch.randint(-9, 9, (*shape, 6)).float(), torch.randint(-1, 7, shape)
+    mask = torch.rand(shape) < 0.7
+    counts, sums = fastvq.code_statistics(x, indices, 7, mask=mask, heads=True)
+    expected = reference.code_statistics(x, indices, 7, mask=mask, heads=True)
+    assert counts.shape == (shape[0], 7)
+    assert torch.equal(counts, expected[0])
+    assert torch.equal(sums, expected[1])
 
 
 def test_tokens_without_a_code_may_hold_nan(code_statistics):
@@ -60,6 +91,114 @@ def test_counts_are_exact_beyond_float32_increments():
     n = 2**24 + 2
     counts, _ = fastvq.code_statistics(torch.ones(1, 1).expand(n, 1), torch.zeros(1, dtype=torch.int64).expand(n), 1)
     assert counts.item() == n
+
+
+def test_ordered_counts_are_exact_beyond_float32_increments(monkeypatch, kernel_device):
+    class NoSums:
+        def __getitem__(self, grid):
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(ordered, "sum_runs_kernel", NoSums())
+    n = 2**24 + 2
+    x = torch.empty(1, 1, device=kernel_device).expand(n, 1)
+    counts, _ = ordered.ordered_statistics(x, torch.ones(n, dtype=torch.int64, device=kernel_device), 3)
+    assert counts.tolist() == [0, n, 0]
+
+
+def documented_sum(rows):
+    """The sum of rows in the order that `ordered.py` documents, one float32 addition at a time."""
+    run = ORDERED.run
+    runs = [rows[i * run : (i + 1) * run] for i in range(max(1, len(rows) // run))]
+    runs[-1] = rows[(len(runs) - 1) * run :]
+    sums = []
+    for part in runs:
+        chains = torch.zeros(4, rows.shape[1])
+        for i, row in enumerate(part):
+            chains[i % 4] += row
+        sums.append((chains[0] + chains[1]) + (chains[2] + chains[3]))
+    return sums[0] if len(sums) == 1 else documented_sum(torch.stack(sums))
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(500, 3, 3), (4200, 2, 2), (130, 40, 9), (300, 1, 140)])
+def test_ordered_sums_follow_the_documented_order(ordered_sums, n, k, d):
+    x, indices = torch.randn(n, d), torch.randint(-1, k, (n,))
+    indices[n // 3 :: 2] = k - 1
+    sums = ordered_sums(x, indices, k)
+    for code in range(k):
+        assert torch.equal(sums[code], documented_sum(x[indices == code]))
+
+
+@pytest.mark.parametrize("code_statistics", ["torch", "ordered"], indirect=True)
+def test_ordered_sums_depend_on_the_tokens_of_the_code_alone(code_statistics):
+    def ordered_sums(*args):
+        return code_statistics(*args)[1]
+
+    x, indices = torch.randn(2000, 5), torch.randint(-1, 9, (2000,))
+    indices[700:1500] = 4
+    sums = ordered_sums(x, indices, 9)
+    assert torch.equal(ordered_sums(x, indices, 9), sums)
+    kept = (indices == 4) | (indices == 7)
+    assert torch.equal(ordered_sums(x[kept], indices[kept], 40)[[4, 7]], sums[[4, 7]])
+    assert torch.equal(ordered_sums(x[:, 2:].clone(), indices, 9), sums[:, 2:])
+
+
+def test_ordered_sums_of_a_hot_code_lose_little(ordered_sums):
+    n = 5000
+    x, indices = torch.randn(n, 4) + 3, torch.zeros(n, dtype=torch.int64)
+    indices[::7] = 1
+    sums = ordered_sums(x, indices, 2)
+    for code in range(2):
+        own = x[indices == code].double()
+        assert ((sums[code] - own.sum(0)).abs() <= ORDERED_ADDITIONS * 2.0**-24 * own.abs().sum(0)).all()
+
+
+@pytest.mark.parametrize("k", [2**15 - 1, 2**15])
+def test_ordered_sums_reach_the_last_code_of_any_codebook(ordered_sums, k):
+    x, indices = torch.randint(-9, 9, (40, 1)).float(), torch.randint(0, k, (40,))
+    indices[3] = indices[9] = k - 1
+    indices[5] = -1
+    assert torch.equal(ordered_sums(x, indices, k), reference.code_statistics(x, indices, k)[1])
+
+
+@pytest.fixture
+def forms(monkeypatch):
+    """Which form of the kernel runs, in order of the calls."""
+    called = []
+    for name in ("ordered_statistics", "atomic_statistics"):
+        monkeypatch.setattr(accumulate, name, lambda *args, name=name: called.append(name) or (args[0][0], args[0]))
+    monkeypatch.setattr("fastvq.statistics.choose_backend", lambda device: ("triton", "for the test"))
+    return called
+
+
+def test_order_is_fixed_where_it_is_asked_for(forms):
+    x, indices = torch.randn(5, 2), torch.arange(5)
+    fixed = [
+        fastvq.statistics.statistics(x, indices, 5, deterministic) and forms[-1]
+        for deterministic in (True, False, None)
+    ]
+    assert fixed == ["ordered_statistics", "atomic_statistics", "atomic_statistics"]
+
+
+def test_order_is_fixed_where_atomics_would_queue(forms):
+    for n, k, form in (
+        (300_000, 4096, "ordered_statistics"),
+        (20_000, 1, "ordered_statistics"),
+        (2000, 4096, "atomic_statistics"),
+    ):
+        fastvq.statistics.statistics(torch.empty(1, 1).expand(n, 1), torch.zeros(n, dtype=torch.int64), k, None)
+        assert forms[-1] == form
+        assert atomics_would_queue(n, k) == (form == "ordered_statistics")
+
+
+def test_pytorch_setting_fixes_the_order(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fastvq.ops.statistics", lambda *args: asked.append(args[-1]) or (torch.zeros(5), torch.zeros(5, 2))
+    )
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for deterministic in (None, True, False):
+        fastvq.code_statistics(torch.randn(5, 2), torch.arange(5), 5, deterministic=deterministic)
+    assert asked == [True, True, False]
 
 
 @pytest.mark.parametrize("flag", [False, True])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastvq
 from bench.gpu.stage import Row, Stage
+from bench.gpu.statistics import statistics
 from bench.gpu.timing import count_compiled
 from bench.gpu.workers import describe
 from fastvq.measure import compare_with_reference
@@ -24,9 +25,10 @@ def training(stage: Stage) -> None:
         "recompilation": recompilation,
         "no host synchronisation": no_synchronisation,
         "CUDA graph": graph,
+        "statistics": statistics,
     }
     for name, check in checks.items():
-        if stage.device.type != "cuda" and check is not recompilation:
+        if stage.device.type != "cuda" and check not in (recompilation, statistics):
             stage.add({"name": name, "passed": None, "result": "needs a GPU"})
             continue
         try:

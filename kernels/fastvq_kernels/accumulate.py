@@ -1,4 +1,4 @@
-"""Scatter-add of the EMA statistics: tokens per code and their sums."""
+"""Tokens per code and their sums: by atomics, or in a fixed order (`ordered.py`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import ACCUMULATE
+from .configs import ACCUMULATE, atomics_would_queue
 from .dense import dense
+from .ordered import ordered_statistics
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -18,14 +19,15 @@ def accumulate_kernel(
     p_counts,  # [K] int32
     p_sums,  # [K, D] float32
     N,
-    D,
+    D: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
     """One program adds BD dimensions of BN tokens to the rows of their codes, by float32 atomics.
 
     Tokens with index -1 are left out. The programs of the first block of dimensions count, in integers.
-    The order of the float32 additions differs from run to run.
+    The order of the float32 additions differs from run to run, and the atomics take subnormal sums for zero.
+    Where D is a multiple of 4, four columns are one instruction from sm_90 on.
     """
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
@@ -38,29 +40,31 @@ def accumulate_kernel(
         tl.atomic_add(p_counts + b_index, tl.full([BN], 1, tl.int32), mask=has_code, sem="relaxed")
 
 
-def code_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
+def code_statistics(
+    x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """Counts ``[K]`` and sums ``[K, D]``, both float32.
 
     Args:
         x: tokens ``[N, D]``, any floating dtype; added in float32.
         indices: int64 ``[N]`` in ``[-1, K)``; -1 is left out.
         n_codes: K.
+        deterministic: True adds in a fixed order, False by atomics; None takes what the sizes make faster.
     """
+    x, indices = dense(x.float() if x.dtype == torch.float64 else x), dense(indices)
+    if deterministic is None:
+        deterministic = atomics_would_queue(len(x), n_codes)
+    return (ordered_statistics if deterministic else atomic_statistics)(x, indices, n_codes)
+
+
+def atomic_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
+    """`code_statistics` of dense arguments by atomics."""
     n_tokens, dim = x.shape
-    x = dense(x.float() if x.dtype == torch.float64 else x)
     counts = torch.zeros(n_codes, dtype=torch.int32, device=x.device)
     sums = torch.zeros(n_codes, dim, dtype=torch.float32, device=x.device)
     if n_tokens:
-        grid = (triton.cdiv(n_tokens, ACCUMULATE.block_n), triton.cdiv(dim, ACCUMULATE.block_d))
-        accumulate_kernel[grid](
-            x,
-            dense(indices),
-            counts,
-            sums,
-            n_tokens,
-            dim,
-            BN=ACCUMULATE.block_n,
-            BD=ACCUMULATE.block_d,
-            num_warps=ACCUMULATE.num_warps,
+        block_n, block_d = ACCUMULATE.blocks(dim)
+        accumulate_kernel[triton.cdiv(n_tokens, block_n), triton.cdiv(dim, block_d)](
+            x, indices, counts, sums, n_tokens, D=dim, BN=block_n, BD=block_d, num_warps=ACCUMULATE.num_warps
         )
     return counts.float(), sums

@@ -1,5 +1,6 @@
 """Launch choices: one default per target and padded width, with the reason beside odd entries."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -116,9 +117,69 @@ def rescan_config(target: str | None = None) -> RescanConfig:
 class AccumulateConfig:
     """Tile sizes of the scatter-add."""
 
-    block_n: int = 32  # tokens per program
-    block_d: int = 128  # dimensions per program
+    tile: int = 2048  # elements per program: with few tokens of few dimensions, programs are scarce
+    block_d: int = 128  # dimensions per program at most
     num_warps: int = 4
+
+    def blocks(self, dim: int) -> tuple[int, int]:
+        """Tokens and dimensions per program."""
+        block_d = min(self.block_d, triton.next_power_of_2(dim))
+        return self.tile // block_d, block_d
+
+
+@dataclass(frozen=True)
+class OrderedConfig:
+    """Tile sizes of the sums in a fixed order."""
+
+    log_run: int = 6  # part of the order: 64 rows are short enough to wait for, and their sums few beside the tokens
+    tile: int = 512  # elements per program, for each of the four chains
+    block_d: int = 128  # dimensions per program at most
+    num_warps: int = 4
+
+    @property
+    def run(self) -> int:
+        """Rows that one program adds one after another."""
+        return 1 << self.log_run
+
+    def blocks(self, dim: int) -> tuple[int, int]:
+        """Runs and dimensions per program."""
+        block_d = min(self.block_d, triton.next_power_of_2(dim))
+        return self.tile // block_d, block_d
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Tile sizes of the moving averages."""
+
+    tile: int = 1024  # elements at a time per program, which takes all dimensions of its codes
+    block_d: int = 128  # dimensions at a time at most
+    num_warps: int = 4
+
+    def blocks(self, dim: int) -> tuple[int, int]:
+        """Codes and dimensions at a time."""
+        block_d = min(self.block_d, triton.next_power_of_2(dim))
+        return self.tile // block_d, block_d
 
 
 ACCUMULATE = AccumulateConfig()
+ORDERED = OrderedConfig()
+EMA = EMAConfig()
+
+# Seconds from one atomic addition to a row to the next, on Hopper.
+HOT_ADD_SECONDS = 4.7e-9
+# What sorting costs more than atomics: some ten launches one after another, and about 60 bytes per token.
+SORT_SECONDS, SORT_SECONDS_PER_TOKEN = 30e-6, 2e-11
+
+
+def hottest_share(n_codes: int) -> float:
+    """Share of the tokens that the most used code wins, by Zipf's law: the k-th code wins 1/k of what the first does.
+
+    How tokens fall on codes is known to the device alone. Trained codebooks are more even, young ones less.
+    """
+    return min(1.0, 1 / (math.log(n_codes) + 0.58))
+
+
+def atomics_would_queue(n_tokens: int, n_codes: int) -> bool:
+    """Whether atomics on the most used code are expected to last longer than sorting the tokens."""
+    queue = n_tokens * hottest_share(n_codes) * HOT_ADD_SECONDS
+    return queue > SORT_SECONDS + n_tokens * SORT_SECONDS_PER_TOKEN

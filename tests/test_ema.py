@@ -1,0 +1,182 @@
+"""The step of the moving averages: PyTorch's operators, the kernel, and the operator for tracing."""
+
+import pytest
+import torch
+
+import fastvq
+from fastvq import ops
+from fastvq.ema import ema_step
+from fastvq_kernels import ema as kernels
+
+DECAY = 0.99
+
+
+def problem(k, d, batch=9):
+    """Embeddings, N and z_avg of a codebook that has learnt; counts, with zeros, and sums of a step; rows."""
+    state = torch.randn(k, d), torch.rand(k) * batch / 3, torch.randn(k, d)
+    return state, (torch.randint(0, batch, (k,)).float(), torch.randn(k, d)), torch.randn(k, d)
+
+
+def after(step, state, *args, **options):
+    state = tuple(tensor.clone() for tensor in state)
+    step(*state, *args, **options)
+    return state
+
+
+OPTIONS = [
+    {},
+    {"smoothing": 1e-5},
+    {"rows": True},
+    {"rows": True, "found": torch.tensor([[True]])},
+    {"rows": True, "found": torch.tensor(False)},
+    {"rows": True, "resets": True},
+    {"rows": True, "resets": True, "restart_thres_relative": 0.7},
+    {"rows": True, "restart_thres": 2.5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_kernel_and_pytorch_agree_on_every_bit(kernel_device, options):
+    for k, d in ((1, 1), (7, 3), (300, 8), (33, 130)):
+        state, step, rows = problem(k, d)
+        given = {**options, "rows": rows} if "rows" in options else dict(options)
+        ours = theirs = state
+        for _ in range(3):
+            theirs = after(ema_step, theirs, *step, decay=DECAY, **given)
+            on_device = {name: v.to(kernel_device) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
+            ours = after(
+                kernels.ema_step, *[[t.to(kernel_device) for t in ours]], *[t.to(kernel_device) for t in step],
+                decay=DECAY, **on_device,
+            )  # fmt: skip
+            if kernel_device.type == "cpu":  # a GPU adds up N in another order
+                for a, b in zip(ours, theirs, strict=True):
+                    assert torch.equal(a, b)
+            torch.testing.assert_close([t.cpu() for t in ours], list(theirs))
+
+
+@pytest.fixture(params=["torch", "triton"])
+def step(request, kernel_device):
+    """One step on CPU tensors, in place, by either implementation."""
+    if request.param == "torch":
+        return ema_step
+
+    def run(*args, **options):
+        moved = [t if t is None else t.to(kernel_device) for t in args]
+        kernels.ema_step(*moved, **options)
+        for t, result in zip(args[:3], moved, strict=False):
+            t.copy_(result)
+
+    return run
+
+
+def test_step_is_the_formula_up_to_rounding(step):
+    k = 50
+    (embeddings, N, z), (counts, sums), _ = problem(k, 6)
+    ours = after(step, (embeddings, N, z), counts, sums, decay=DECAY)
+    # decay and 1 - decay are rounded to float32 as well.
+    n = DECAY * N.double() + (1 - DECAY) * counts.double()
+    average = DECAY * z.double() + (1 - DECAY) * sums.double()
+    size = DECAY * z.double().abs() + (1 - DECAY) * sums.double().abs()
+    weights = (n + 1e-7) / (n.sum() + k * 1e-7) * n.sum()
+    u = 2.0**-24
+    assert ((ours[1] - n).abs() <= 4 * u * n).all()
+    assert ((ours[2] - average).abs() <= 4 * u * size).all()
+    # A weight: N and twice its sum, each rounded K times at most, and eight operations; then one division.
+    assert ((ours[0] - average / weights[:, None]).abs() <= (4 + 2 * (k + 4) + 8) * u * size / weights[:, None]).all()
+
+
+def test_codes_stay_until_a_token_is_counted(step):
+    state = torch.randn(5, 3), torch.zeros(5), torch.randn(5, 3)
+    ours = after(step, state, torch.zeros(5), torch.zeros(5, 3), decay=DECAY)
+    assert torch.equal(ours[0], state[0])
+    assert torch.equal(ours[1], state[1])
+
+
+def test_rare_codes_take_their_rows(step):
+    state, (counts, sums), rows = problem(40, 5)
+    moved = after(step, state, counts, sums, decay=DECAY)
+    for resets in (False, True):
+        embeddings, N, z = after(step, state, counts, sums, rows, decay=DECAY, restart_thres=1.5, resets=resets)
+        rare = moved[1] < 1.5
+        assert 0 < rare.sum() < 40
+        assert torch.equal(embeddings, torch.where(rare[:, None], rows, moved[0]))
+        assert torch.equal(N, torch.where(rare & resets, 1, moved[1]))
+        assert torch.equal(z, torch.where((rare & resets)[:, None], rows, moved[2]))
+
+
+def test_no_code_restarts_without_a_token_to_take(step):
+    state, (counts, sums), rows = problem(40, 5)
+    moved = after(step, state, counts, sums, decay=DECAY)
+    ours = after(step, state, counts, sums, rows, torch.tensor(False), decay=DECAY, restart_thres=1e9, resets=True)
+    for a, b in zip(ours, moved, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_relative_threshold_does_not_depend_on_the_size_of_a_batch(step):
+    state, (counts, sums), rows = problem(40, 5)
+    restarted = []
+    for factor in (1, 64):
+        scaled = state[0], state[1] * factor, state[2]
+        embeddings, N, _ = after(
+            step, scaled, counts * factor, sums, rows, decay=DECAY, restart_thres_relative=0.5, restart_thres=1e9
+        )
+        restarted.append((embeddings == rows).all(1))
+        assert torch.equal(restarted[-1], N.double() < 0.5 * N.double().mean())
+    assert 0 < restarted[0].sum() < 40
+    assert torch.equal(*restarted)
+
+
+def test_buffers_with_gaps_are_moved_as_well(monkeypatch):
+    monkeypatch.setattr("fastvq.ema.choose_backend", lambda device: ("triton", "for the test"))
+    state, (counts, sums), _ = problem(6, 4)
+    expected = after(ema_step, state, counts, sums, decay=DECAY)
+    spread = torch.stack([state[0], state[0]], 2)[..., 0]
+    ema_step(spread, state[1], state[2], counts, sums.t().contiguous().t(), decay=DECAY)
+    for a, b in zip((spread, *state[1:]), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_writes_of_the_kernel_are_counted(monkeypatch, kernel_device):
+    monkeypatch.setattr("fastvq.ema.choose_backend", lambda device: ("triton", "for the test"))
+    state, step, _ = problem(6, 4)
+    state = [t.to(kernel_device) for t in state]
+    versions = [t._version for t in state]
+    ema_step(*state, *[t.to(kernel_device) for t in step], decay=DECAY)
+    assert all(t._version > version for t, version in zip(state, versions, strict=True))
+
+
+@pytest.mark.parametrize("found", [None, torch.tensor(True)])
+def test_operator_passes_opcheck(found):
+    state, step, rows = problem(6, 4)
+    options = {"decay": DECAY, "resets": True, "restart_thres_relative": 0.1}
+    torch.library.opcheck(torch.ops.fastvq.ema_step, (*state, *step, rows, found), options)
+
+
+def test_step_compiles_in_one_graph():
+    state, (counts, sums), rows = problem(6, 4)
+
+    def step(embeddings, N, z, counts, sums, rows):
+        ops.ema_step(embeddings, N, z, counts, sums, rows, decay=DECAY, resets=True)
+        return embeddings.sum()
+
+    expected = after(step, state, counts, sums, rows)
+    ours = after(torch.compile(step, fullgraph=True, backend="aot_eager"), state, counts, sums, rows)
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_training_by_the_kernels_gives_the_same_codebook(monkeypatch, restarts, kernel_device):
+    """Integers, of which every sum is exact in any order."""
+    batches = [torch.randint(-8, 8, (40, 4), device=kernel_device).float() for _ in range(4)]
+    states = []
+    for backend in ("torch", "triton"):
+        for module in ("statistics", "ema"):
+            monkeypatch.setattr(f"fastvq.{module}.choose_backend", lambda device, name=backend: (name, "for the test"))
+        torch.manual_seed(1)
+        codebook = fastvq.EMACodebook(12, 4, no_random_restart=not restarts, backend=backend, device=kernel_device)
+        for batch in batches:
+            codebook(batch)
+        states.append(codebook.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
