@@ -65,15 +65,16 @@ def nearest_code(
         TypeError: an argument is not a floating tensor, or ``mask`` is not boolean.
         ValueError: shapes or devices do not match, ``metric`` or ``backend`` is unknown, or the backend cannot run.
     """
-    indices = _search(x, codebook, metric, mask, backend)
+    indices = search_codes(x, codebook, metric, mask, backend)
     if not return_distance:
         return indices
     return indices, _distance(x.detach(), codebook.detach(), indices, metric)
 
 
-def _search(
+def search_codes(
     x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: str, kept: KeptCodebook | None = None
 ) -> Tensor:
+    """:func:`nearest_code` with what ``kept`` remembers of the codebook ``[K, D]``."""
     _check_search(x, codebook, metric)
     _check_mask(mask, x)
     choose_backend(x.device, backend)
@@ -167,22 +168,16 @@ def quantize(
     Raises:
         TypeError, ValueError: as :func:`nearest_code`.
     """
-    return quantize_keeping(None, x, codebook, commitment_weight, mask, backend)
-
-
-def quantize_keeping(
-    kept: KeptCodebook | None,
-    x: Tensor,
-    codebook: Tensor,
-    commitment_weight: float,
-    mask: Tensor | None,
-    backend: str,
-) -> Quantized:
-    """:func:`quantize` with what ``kept`` remembers of the codebook ``[K, D]``."""
-    indices = _search(x, codebook, "euclidean", mask, backend, kept)
-    codes = _gather(indices, codebook.detach())
-    quantized, loss = StraightThrough.apply(x, codes, indices, mask, commitment_weight)
+    indices = search_codes(x, codebook, "euclidean", mask, backend)
+    quantized, loss = pass_through(x, codebook, indices, mask, commitment_weight)
     return Quantized(quantized, indices, loss)
+
+
+def pass_through(
+    x: Tensor, codebook: Tensor, indices: Tensor, mask: Tensor | None, commitment_weight: float
+) -> tuple[Tensor, Tensor]:
+    """``quantized`` and ``loss`` of :func:`quantize` for the ``indices`` found."""
+    return StraightThrough.apply(x, _gather(indices, codebook.detach()), indices, mask, commitment_weight)
 
 
 def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
