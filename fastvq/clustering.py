@@ -195,24 +195,23 @@ def cluster(
     codes = codes[torch.arange(n_codes, device=device) % len(codes)]
     codes = distributed.broadcast_from_rank_0(codes, sync)
 
-    previous = float("inf")
+    previous, had_converged = float("inf"), False
     for iteration in range(max_iterations + 1):
         counts, sums, inertia = assign(codes)
         report(iteration, float(inertia))
         has_converged = float(inertia) >= (1 - tolerance) * previous
         is_empty = counts == 0
-        if iteration == max_iterations or (has_converged and not is_empty.any()):
+        # A restart may not help for ever: means of equal tokens are rounded, and leave distances to restart from.
+        is_done = has_converged and (had_converged or not is_empty.any())
+        if iteration == max_iterations or is_done:
             break
         means = (sums / counts.clamp(min=1)[:, None]).float()
         moved = torch.where(is_empty[:, None], codes, unit_or(means, codes) if metric == "cosine" else means)
-        previous = float(inertia)
         if is_empty.any():
             empty = is_empty.nonzero()[:, 0]
             rows = draw_far(len(empty), moved)
-            if len(rows) == 0 and has_converged:
-                break
             moved[empty[: len(rows)]] = rows
-        codes = moved
+        codes, previous, had_converged = moved, float(inertia), has_converged
     return KMeans(codes, counts.long(), float(inertia), iteration)
 
 
