@@ -254,7 +254,3 @@ class EMACodebook(CodebookState):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
         self._pending = None  # statistics that were being collected do not move
         return super()._apply(fn, recurse)
-
-    def extra_repr(self) -> str:
-        """Shown by ``print``."""
-        return f"n_codes={self.n_codes}, embedding_dim={self.embedding_dim}, ema_decay={self.ema_decay}"

@@ -34,6 +34,7 @@ class CodebookState(nn.Module):
     embeddings: Tensor
     N: Tensor
     z_avg: Tensor
+    ema_decay: float
     restart_thres: float
     restart_threshold_relative: float | None
 
@@ -116,6 +117,10 @@ class CodebookState(nn.Module):
             self._set_codes(self.embeddings)
         if not self.N.is_meta:
             self._need_init = not self.N.any() and torch.equal(self.embeddings, self.z_avg)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        return f"n_codes={len(self.N)}, embedding_dim={self.embeddings.shape[1]}, ema_decay={self.ema_decay}"
 
 
 def may_read(tensor: Tensor) -> bool:
