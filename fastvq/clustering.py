@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq import distributed
-from fastvq.functional import code_statistics, nearest_code
+from fastvq.functional import check_floating, check_mask, code_statistics, nearest_code
 from fastvq.seeding import TokenBatches, draw_rows, pick_codes
 from fastvq.unit import unit, unit_or
 
@@ -91,9 +91,9 @@ def kmeans(
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
 
     def prepare(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        tokens = tokens.detach().reshape(-1, tokens.shape[-1]).float()
-        real = torch.isfinite(tokens).all(1)
-        return unit(tokens) if metric == "cosine" else tokens, real if mask is None else real & mask.reshape(-1)
+        check_floating("x", tokens)
+        check_mask(mask, tokens)
+        return flatten(tokens, mask, metric)
 
     with _shown(max_iterations) if progress else _silent() as report:
         found = cluster(
@@ -134,10 +134,18 @@ class Batches:
         self._prepare = prepare
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batch = None
         for batch in self._batches:
-            if not isinstance(batch, Tensor) or not batch.is_floating_point():
-                raise TypeError(f"x must be floating-point tensors, got {type(batch).__name__}")
             yield self._prepare(batch, self._mask)
+        if batch is None:
+            raise ValueError("x must hold at least one batch, got none")
+
+
+def flatten(tokens: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
+    """``tokens [..., D]`` as float32 ``[n, D]``, of norm 1 for the cosine, and which of them are real, bool ``[n]``."""
+    rows = tokens.detach().reshape(-1, tokens.shape[-1]).float()
+    real = torch.isfinite(rows).all(1)
+    return unit(rows) if metric == "cosine" else rows, real if mask is None else real & mask.reshape(-1)
 
 
 @torch.no_grad()
@@ -155,9 +163,7 @@ def cluster(
     report: _Report = lambda iteration, inertia: None,
 ) -> KMeans | None:
     """:func:`kmeans` of prepared ``batches``; None where no rank has a token."""
-    device = next((tokens.device for tokens, _ in batches), None)
-    if device is None:
-        raise ValueError("x must hold at least one batch, got none")
+    device = next(tokens.device for tokens, _ in batches)
     drawn = torch.randint(2**62, (1,), generator=generator).to(device)
     seed = int(distributed.broadcast_from_rank_0(drawn, sync))
     together = torch.Generator(device).manual_seed(seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import reduce
 from inspect import signature
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastvq import restart
-from fastvq.clustering import Batches, cluster
+from fastvq.clustering import Batches, cluster, flatten
 from fastvq.collect import Seen, Update, collect
-from fastvq.functional import pass_through, search_codes
+from fastvq.functional import check_floating, check_mask, pass_through, search_codes
 from fastvq.kept import KeptCodebook
 from fastvq.layout import as_given, tokens_last
 from fastvq.reference import Quantized
@@ -46,11 +45,11 @@ class EMACodebook(CodebookState):
     LlamaGen's quantizer and of lucidrains' ``use_cosine_sim``).
 
     State (buffers, the keys of the original classes, always float32): ``embeddings [K, D]``, ``N [K]``,
-    ``z_avg [K, D]``. The first training batch that holds a token initialises them, unless a state was loaded; with
-    many processes every rank has to load it.
+    ``z_avg [K, D]``. The first training batch that holds a token initialises them, unless a state was loaded.
 
     Many processes: every rank holds the same state, bit for bit. A step costs one all-reduce of ``[K, D + 1]``, and
-    with random restart one of ``[K]`` and one of ``[K, D]``; a rank may have no tokens.
+    with random restart one of ``[K]`` and one of ``[K, D]``; a rank may have no tokens. Every rank has to load a
+    checkpoint; for DistributedDataParallel, which copies the buffers of rank 0, that one is enough unless compiled.
 
     Args:
         n_codes: K ≥ 1.
@@ -182,18 +181,19 @@ class EMACodebook(CodebookState):
             TypeError: ``x`` is an iterator, which can be read only once.
             ValueError: there is no finite token, or a shape does not match.
         """
-        self._learn_codes(Batches(x, mask, self._candidates))
-        if self._need_init:
+        if not self._learn_codes(Batches(x, mask, self._candidates)):
             raise ValueError("x must hold at least one finite token, got none on any rank")
 
     def _tile(self, x: Tensor) -> Tensor:
+        """``x`` repeated to at least K rows, as the published classes offer it."""
         return restart.tile(x, self.n_codes)
 
     def _candidates(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """All tokens ``[n, D]`` float32, as the codebook learns from them, and which may become a code ``[n]``."""
-        tokens = tokens_last(z.detach(), self.embedding_dim, self.channel_first).reshape(-1, self.embedding_dim).float()
-        real = torch.isfinite(tokens).all(1)
-        return unit(tokens) if self.metric == "cosine" else tokens, real if mask is None else real & mask.reshape(-1)
+        tokens = tokens_last(z, self.embedding_dim, self.channel_first).detach()
+        check_floating("z", tokens)
+        check_mask(mask, tokens)
+        return flatten(tokens, mask, self.metric)
 
     @torch.no_grad()
     def _init_embeddings(self, z: Tensor, mask: Tensor | None = None) -> None:
@@ -204,18 +204,21 @@ class EMACodebook(CodebookState):
         else:
             self._learn_codes([self._candidates(z, mask)])
 
-    def _learn_codes(self, batches: TokenBatches) -> None:
+    def _learn_codes(self, batches: TokenBatches) -> bool:
+        """Whether there was a token to learn from."""
         if self.init == "kmeans":
-            if torch.compiler.is_compiling():
+            if not may_read(self.N):
                 raise RuntimeError("init='kmeans' cannot be compiled: call initialize(batch) before the first step")
             learned = cluster(batches, self.n_codes, self.kmeans_iterations, self.metric, self.backend, self.sync)
-            if learned is not None:
-                self._set_codes(learned.codes)
-            return
-        draw = reduce(restart.merge, (restart.draw_tokens(*batch, self.n_codes) for batch in batches))
-        rows, found = restart.over_ranks(draw, self.sync)
-        if not may_read(found) or found:
-            self._set_codes(torch.where(found, rows, self.embeddings))
+            if learned is None:
+                return False
+            self._set_codes(learned.codes)
+            return True
+        rows, found = restart.draw_codes(batches, self.n_codes, self.sync)
+        if may_read(found) and not found:
+            return False
+        self._set_codes(torch.where(found, rows, self.embeddings))
+        return True
 
     def _start_update(self, tokens: Tensor, indices: Tensor) -> Callable[[], Update] | None:
         """Collect the statistics and start their sum over the ranks, unless further batches are to come first."""

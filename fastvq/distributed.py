@@ -22,6 +22,11 @@ def rank(sync: bool = True) -> int:
     return dist.get_rank() if is_distributed(sync) else 0
 
 
+def world_size(sync: bool = True) -> int:
+    """Number of processes, 1 without others."""
+    return dist.get_world_size() if is_distributed(sync) else 1
+
+
 def all_reduce_sum(tensor: Tensor, sync: bool = True) -> Tensor:
     """Sum of ``tensor`` over all ranks, in place."""
     if is_distributed(sync):
@@ -64,6 +69,6 @@ def all_gather(tensor: Tensor, sync: bool = True) -> Tensor:
     """``tensor [n, ...]`` of every rank, one after the other: ``[world_size · n, ...]``; the same n everywhere."""
     if not is_distributed(sync):
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)

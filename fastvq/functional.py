@@ -76,7 +76,7 @@ def search_codes(
 ) -> Tensor:
     """:func:`nearest_code` with what ``kept`` remembers of the codebook ``[K, D]``."""
     _check_search(x, codebook, metric)
-    _check_mask(mask, x)
+    check_mask(mask, x)
     choose_backend(x.device, backend)
     tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
     # A kept codebook is known by the tensor, so that it is not replaced by another of the same values.
@@ -122,7 +122,7 @@ def code_statistics(
         TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
         ValueError: shapes or devices do not match, or ``n_codes`` is not positive.
     """
-    _check_floating("x", x)
+    check_floating("x", x)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         raise TypeError(f"indices must be an int64 tensor, got {_describe(indices)}")
     if indices.shape != x.shape[:-1]:
@@ -130,7 +130,7 @@ def code_statistics(
     _check_same_device("indices", indices, x)
     if n_codes < 1:
         raise ValueError(f"n_codes must be at least 1, got {n_codes}")
-    _check_mask(mask, x)
+    check_mask(mask, x)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
     if deterministic is None:
@@ -213,7 +213,7 @@ def _gather(indices: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
-    _check_floating("x", x)
+    check_floating("x", x)
     _check_codebook(codebook)
     if x.shape[-1] != codebook.shape[-1]:
         raise ValueError(
@@ -229,7 +229,7 @@ def _check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
 
 
 def _check_codebook(codebook: Tensor) -> None:
-    _check_floating("codebook", codebook)
+    check_floating("codebook", codebook)
     if codebook.dim() not in (2, 3):
         raise ValueError(f"codebook must be [n_codes, D] or [heads, n_codes, D], got {list(codebook.shape)}")
     if 0 in codebook.shape:
@@ -240,7 +240,8 @@ def _expected_codebook(codebook: Tensor, dim: int) -> str:
     return f"[n_codes, {dim}]" if codebook.dim() == 2 else f"[heads, n_codes, {dim}]"
 
 
-def _check_floating(name: str, value: Tensor) -> None:
+def check_floating(name: str, value: Tensor) -> None:
+    """Raises where ``value`` is not a floating tensor ``[..., D]`` with D ≥ 1."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
     if value.dim() == 0 or value.shape[-1] == 0:
@@ -252,7 +253,8 @@ def _check_same_device(name: str, value: Tensor, other: Tensor) -> None:
         raise ValueError(f"{name} must be on {other.device} like the other tensor, got {value.device}")
 
 
-def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+def check_mask(mask: Tensor | None, x: Tensor) -> None:
+    """Raises where ``mask`` is not a boolean tensor of the leading shape of ``x``."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

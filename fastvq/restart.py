@@ -1,4 +1,4 @@
-"""Random tokens that become codes: at the first batch, and in place of dead codes.
+"""Random tokens that become codes, at the first batch and in place of dead codes; and which codes are dead.
 
 Every draw proposes a token for each of the K codes, dead or not: which codes are dead is known on the device only.
 Proposals of several batches or ranks are merged code by code with odds of their numbers of tokens, so that each token
@@ -7,6 +7,8 @@ of all of them is as likely as any other.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -75,12 +77,24 @@ def over_ranks(draw: Draw, sync: bool) -> tuple[Tensor, Tensor]:
     if not distributed.is_distributed(sync):
         return draw.rows, draw.n_tokens > 0
     never = torch.full((), torch.inf, dtype=torch.float64, device=draw.rows.device)
-    uniform = torch.rand(len(draw.rows), dtype=torch.float64, device=draw.rows.device).clamp(min=1e-300)
-    arrival = torch.where(draw.n_tokens > 0, -uniform.log() / draw.n_tokens, never)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    # Numbers for all ranks, so that those of two ranks differ where both were seeded alike.
+    uniform = torch.rand(world_size, len(draw.rows), dtype=torch.float64, device=draw.rows.device)[rank]
+    arrival = torch.where(draw.n_tokens > 0, -uniform.clamp(min=1e-300).log() / draw.n_tokens, never)
     # Positive numbers are ordered as their bits are.
-    keys = (arrival.view(torch.int64) >> _RANK_BITS << _RANK_BITS) | distributed.rank()
+    keys = (arrival.view(torch.int64) >> _RANK_BITS << _RANK_BITS) | rank
     first = distributed.all_reduce_min(keys)
-    is_mine = (first & ((1 << _RANK_BITS) - 1)) == distributed.rank()
+    is_mine = (first & ((1 << _RANK_BITS) - 1)) == rank
     found = first >> _RANK_BITS < never.view(torch.int64) >> _RANK_BITS
     rows = torch.where((is_mine & found)[:, None], draw.rows, 0)
     return distributed.all_reduce_sum(rows), found.all()
+
+
+def draw_codes(batches: Iterable[tuple[Tensor, Tensor]], n_codes: int, sync: bool) -> tuple[Tensor, Tensor]:
+    """:func:`over_ranks` of one draw from all ``batches`` of tokens ``[n, D]`` and which are real ``[n]``."""
+    return over_ranks(reduce(merge, (draw_tokens(*batch, n_codes) for batch in batches)), sync)
+
+
+def is_dead(N: Tensor, restart_thres: float, restart_thres_relative: float | None) -> Tensor:
+    """Which codes are rarely used, bool ``[K]``: ``N_k`` is below ``restart_thres`` or the share of ``ΣN / K``."""
+    return N < (restart_thres if restart_thres_relative is None else restart_thres_relative * N.mean())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvq.functional import lookup
 from fastvq.kept import KeptCodebook
-from fastvq.update import is_dead
+from fastvq.restart import is_dead
 
 _Self = TypeVar("_Self", bound="CodebookState")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvq.restart import is_dead
+
 # Laplace smoothing of the counts, in tokens: VideoGPT's and ESM3's constant.
 _SMOOTHING = 1e-7
 
@@ -48,8 +50,3 @@ def ema_step(
             N.masked_fill_(restarts, 1)
             z_avg.copy_(torch.where(restarts[:, None], rows, z_avg))
     embeddings.copy_(codes)
-
-
-def is_dead(N: Tensor, restart_thres: float, restart_thres_relative: float | None) -> Tensor:
-    """Which codes are rarely used, bool ``[K]``: ``N_k`` is below ``restart_thres`` or the share of ``ΣN / K``."""
-    return N < (restart_thres if restart_thres_relative is None else restart_thres_relative * N.mean())

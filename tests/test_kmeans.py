@@ -128,10 +128,11 @@ def test_progress_is_shown_when_asked(capsys):
     ("x", "options", "error", "message"),
     [
         (iter([torch.randn(9, 2)]), {}, TypeError, "can be read more than once"),
-        (["abc"], {}, TypeError, "x must be floating-point tensors, got str"),
-        (torch.ones(9, 2, dtype=torch.int64), {}, TypeError, "x must be floating-point tensors"),
+        (["abc"], {}, TypeError, "x must be a floating-point tensor, got str"),
+        (torch.ones(9, 2, dtype=torch.int64), {}, TypeError, "x must be a floating-point tensor"),
         ([], {}, ValueError, "x must hold at least one batch"),
         (torch.full((9, 2), torch.nan), {}, ValueError, "x must hold at least one finite token"),
+        (torch.randn(9, 2), {"mask": torch.ones(8, dtype=torch.bool)}, ValueError, r"mask must be \[9\]"),
         ([torch.randn(9, 2)], {"mask": torch.ones(9, dtype=torch.bool)}, ValueError, "mask must be None"),
         (torch.randn(9, 2), {"metric": "dot"}, ValueError, "metric must be one of 'euclidean', 'cosine', got 'dot'"),
         (torch.randn(9, 2), {"init": "first"}, ValueError, r"init must be one of 'k-means\+\+', 'random'"),

@@ -96,17 +96,18 @@ def test_merged_draws_are_fair_to_every_token():
     assert shares[1] == 0
 
 
-@pytest.mark.parametrize("sizes", [(100, 0, 300), (0, 0, 7), (0, 0, 0)])
-def test_ranks_agree_on_one_fair_draw(sizes, monkeypatch):
+@pytest.mark.parametrize("sizes", [(100, 0, 300), (100, 100, 100), (0, 0, 7), (0, 0, 0)])
+def test_ranks_that_were_seeded_alike_agree_on_one_fair_draw(sizes, monkeypatch):
     """The collectives of three ranks, played by one process: once for all keys, then with the smallest of them."""
     draws = [restart.Draw(torch.full((9000, 2), float(r + 1)), torch.tensor(n)) for r, n in enumerate(sizes)]
     monkeypatch.setattr(distributed, "is_distributed", lambda sync=True: True)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor: tensor)
 
     def run(all_reduce_min):
         monkeypatch.setattr(distributed, "all_reduce_min", all_reduce_min)
-        torch.manual_seed(0)
         for rank, draw in enumerate(draws):
+            torch.manual_seed(0)
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             yield restart.over_ranks(draw, sync=True)
 

@@ -182,3 +182,21 @@ def test_wrong_tokens_are_named():
             module(torch.randn(2, 3, 5))
         with pytest.raises(TypeError, match="z must be a tensor, got list"):
             module([1.0])
+
+
+@pytest.mark.parametrize("init", ["first_batch", "kmeans"])
+def test_wrong_masks_and_dtypes_raise_before_anything_is_learned(init):
+    module = fastvq.EMACodebook(10, 4, init=init)
+    before = module.embeddings.clone()
+    for z, mask, message in (
+        (torch.randn(9, 4), torch.ones(8, dtype=torch.bool), r"mask must be \[9\]"),
+        (torch.randn(9, 4), torch.ones(9), "mask must be a boolean tensor"),
+        (torch.ones(9, 4, dtype=torch.int64), None, "must be a floating-point tensor"),
+    ):
+        for learn in (module, module.initialize):
+            with pytest.raises((ValueError, TypeError), match=message):
+                learn(z, mask)
+    with pytest.raises(ValueError, match="x must hold at least one batch, got none"):
+        module.initialize([])
+    assert module._need_init
+    assert torch.equal(module.embeddings, before)
