@@ -34,7 +34,7 @@ def draw_rows(batches: Iterable[tuple[Tensor, Tensor]], n: int, generator: torch
     best: tuple[Tensor, Tensor] | None = None
     for tokens, weights in batches:
         arrival = torch.empty_like(weights, dtype=torch.float64).exponential_(generator=generator)
-        keys = weights.double() / arrival
+        keys = torch.where(weights > 0, weights.double() / arrival, 0)
         if best is None:
             best = keys.new_zeros(n), tokens.new_zeros(n, tokens.shape[1])
         best = _first(torch.cat([best[0], keys]), torch.cat([best[1], tokens]), n)

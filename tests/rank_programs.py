@@ -116,6 +116,14 @@ def data_parallel_without_broadcast(rank):
     return data_parallel(rank, broadcast_buffers=False)
 
 
+def compiled_data_parallel(rank):
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(3, DIM), fastvq.EMACodebook(CODES, DIM, no_random_restart=False))
+    wrapped = nn.parallel.DistributedDataParallel(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    fit(wrapped, batches_of_model(rank)[:4])
+    return [copy_of(model[1].state_dict())]
+
+
 def fully_sharded(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

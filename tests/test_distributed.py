@@ -21,6 +21,7 @@ PAIR = (
     "clustered",
     "accumulated",
     "compiled",
+    "compiled_data_parallel",
     "local",
 )
 
@@ -139,6 +140,12 @@ def test_wrapped_models_learn_what_one_process_learns(two, program):
     fit(model, [torch.cat(parts) for parts in zip(*map(batches_of_model, range(2)), strict=True)])
     # Ten steps of an encoder whose gradients are summed in another order.
     assert_close(two[program][0][0], model[1].state_dict(), 1e-5)
+
+
+def test_compiled_models_count_the_tokens_of_all_ranks(two):
+    (state,) = two["compiled_data_parallel"][0]
+    n_tokens = 60
+    assert torch.allclose(state["N"].sum(), torch.tensor(n_tokens - (n_tokens - CODES) * 0.99**4))
 
 
 def test_state_that_only_rank_0_has_loaded_is_not_initialised_again(two):
