@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastvq import ops
-from fastvq.distributed import all_reduce_sum, broadcast_from_rank_0, is_distributed
-from fastvq.functional import code_statistics, lookup, quantize_keeping
+from fastvq import ops, restart
+from fastvq.clustering import Batches, cluster, flatten
+from fastvq.collect import Seen, Update, collect
+from fastvq.functional import check_floating, check_mask, pass_through, search_codes
 from fastvq.kept import KeptCodebook
+from fastvq.layout import as_given, tokens_last
 from fastvq.reference import Quantized
+from fastvq.seeding import TokenBatches
+from fastvq.state import CodebookState, may_read
+from fastvq.unit import unit, unit_or
+
+_INITS = ("first_batch", "kmeans")
+_METRICS = ("euclidean", "cosine")
 
 
-class EMACodebook(nn.Module):
+class EMACodebook(CodebookState):
     """Vector quantizer whose codes follow the tokens they win; a drop-in for ESM3's and VideoGPT's class.
 
     A training step, with ``γ = ema_decay``, ``n_k`` tokens won by code k and ``s_k`` their sum over all ranks::
@@ -28,34 +38,44 @@ class EMACodebook(nn.Module):
     The returned codes are those before the update. Sources: van den Oord et al. 2017 (arXiv 1711.00937, appendix
     A.1); ESM3 ``esm/layers/codebook.py``; VideoGPT ``videogpt/vqvae.py``.
 
+    With ``metric="cosine"`` each token stands for its direction ``u = z / |z|``: the code of the largest
+    ``u·e / |e|`` wins, ``s_k`` sums the ``u``, codes are normalised after each update, ``quantized`` is the code of
+    norm 1, and ``loss = w · mean (u - e)² = w · 2 (1 - cos) / D``; gradients reach z through u (the rule of
+    LlamaGen's quantizer and of lucidrains' ``use_cosine_sim``).
+
     State (buffers, the keys of the original classes, always float32): ``embeddings [K, D]``, ``N [K]``,
-    ``z_avg [K, D]``. The first training batch initialises them with random tokens, unless a state was loaded.
+    ``z_avg [K, D]``. The first training batch that holds a token initialises them, unless a state was loaded.
+
+    Many processes: every rank holds the same state, bit for bit. A step costs one all-reduce of ``[K, D + 1]``, and
+    with random restart one of ``[K]`` and one of ``[K, D]``; a rank may have no tokens. Every rank has to load a
+    checkpoint; for DistributedDataParallel, which copies the buffers of rank 0, that one is enough unless compiled.
 
     Args:
         n_codes: K ≥ 1.
         embedding_dim: D ≥ 1.
-        no_random_restart: leave rarely used codes alone. False re-draws them from the batch in every step.
+        no_random_restart: leave rarely used codes alone. False re-draws them in every step, from the tokens of all
+            ranks; ``N`` and ``z_avg`` stay, so that an unused code is another token in each step.
         restart_thres: a code is rarely used while its moving count ``N_k`` is below this many tokens per step.
         ema_decay: γ in [0, 1).
+        restart_threshold_relative: replaces ``restart_thres`` by this share of the mean count ``ΣN / K``, which does
+            not depend on the batch size.
+        restart_resets_statistics: a restarted code gets ``N = 1`` and ``z_avg`` = its token, so that it stays until
+            its count has decayed again (RQ-VAE's rule).
+        init: what the first batch does: ``"first_batch"`` takes random tokens, ``"kmeans"`` clusters them.
+        kmeans_iterations: at most this many, for ``init="kmeans"``.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        commitment_weight: ``w``, the factor of the loss.
+        channel_first: tokens come and go as ``[b, D, ...]``, for example ``[b, c, h, w]``.
+        sync: sum over the ranks of ``torch.distributed``. False: every process has a codebook of its own.
         backend: as in :func:`fastvq.nearest_code`.
         device: where the buffers are created.
 
     Attributes:
         freeze_codebook: True stops initialisation and updates in training as well, and promises that the codes stay.
 
-    While nothing is learned (``eval()`` or ``freeze_codebook``), eager calls on the CPU keep what the search prepares
-    of the codebook until a value of ``embeddings`` changes, however it is changed. On a GPU, where comparing values
-    would wait for the device, it is kept with ``freeze_codebook = True`` only, until PyTorch counts a write to
-    ``embeddings``; after one that it does not count (``.data``, ``torch.distributed.broadcast``) call
-    :meth:`reset_cache`.
-
     Raises:
-        ValueError: a size is not positive, or ``ema_decay`` is outside [0, 1).
+        ValueError: a size is not positive, ``ema_decay`` is outside [0, 1), or ``init`` or ``metric`` is unknown.
     """
-
-    embeddings: Tensor
-    N: Tensor
-    z_avg: Tensor
 
     def __init__(
         self,
@@ -65,151 +85,171 @@ class EMACodebook(nn.Module):
         restart_thres: float = 1.0,
         ema_decay: float = 0.99,
         *,
+        restart_threshold_relative: float | None = None,
+        restart_resets_statistics: bool = False,
+        init: str = "first_batch",
+        kmeans_iterations: int = 10,
+        metric: str = "euclidean",
+        commitment_weight: float = 0.25,
+        channel_first: bool = False,
+        sync: bool = True,
         backend: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
         for name, size in (("n_codes", n_codes), ("embedding_dim", embedding_dim)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        embeddings = torch.randn(n_codes, embedding_dim, dtype=torch.float32, device=device)
-        self.register_buffer("embeddings", embeddings)
-        self.register_buffer("N", torch.zeros(n_codes, dtype=torch.float32, device=device))
-        self.register_buffer("z_avg", embeddings.clone())
+        for name, value, choices in (("init", init, _INITS), ("metric", metric, _METRICS)):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        codes = torch.randn(n_codes, embedding_dim, dtype=torch.float32, device=device)
+        super().__init__(unit(codes) if metric == "cosine" else codes)
         self.n_codes = n_codes
         self.embedding_dim = embedding_dim
         self.no_random_restart = no_random_restart
         self.restart_thres = restart_thres
         self.ema_decay = ema_decay
+        self.restart_threshold_relative = restart_threshold_relative
+        self.restart_resets_statistics = restart_resets_statistics
+        self.init = init
+        self.kmeans_iterations = kmeans_iterations
+        self.metric = metric
+        self.commitment_weight = commitment_weight
+        self.channel_first = channel_first
+        self.sync = sync
         self.backend = backend
         self.freeze_codebook = False
-        self._need_init = True
-        self._kept = KeptCodebook()
-
-    def reset_parameters(self) -> None:
-        """Nothing to reset: the module has no parameters."""
+        self._accumulates = False
+        self._pending: Seen | None = None
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize ``z``; in training also update the codebook.
 
         Args:
-            z: tokens ``[..., D]``, any floating dtype and strides.
-            mask: bool ``[...]``, True for a real token; padding takes no part in anything. Default: all.
+            z: tokens ``[..., D]``, or ``[b, D, ...]`` with ``channel_first``; any floating dtype and strides.
+            mask: bool ``[...]``, the shape of ``z`` without D, True for a real token; padding takes no part in
+                anything and gets index -1, a zero output and no gradient. Default: all.
 
         Returns:
-            ``(quantized [..., D], indices [...] int64, commitment loss)`` as :func:`fastvq.quantize`, weight 0.25.
+            ``(quantized, indices [...] int64, commitment loss)`` as :func:`fastvq.quantize`; ``quantized`` has the
+            layout and the dtype of ``z``.
 
         Raises:
             TypeError, ValueError: as :func:`fastvq.quantize`.
         """
-        if z.shape[-1:] != (self.embedding_dim,):
-            raise ValueError(f"z must be [..., {self.embedding_dim}] to match embedding_dim, got {list(z.shape)}")
+        tokens = tokens_last(z, self.embedding_dim, self.channel_first)
         learns = self.training and not self.freeze_codebook
         if learns and self._need_init:
             self._init_embeddings(z, mask)
         kept = None if learns or (z.is_cuda and not self.freeze_codebook) else self._kept
-        result = quantize_keeping(kept, z, self.embeddings, 0.25, mask, self.backend)
-        if learns:
-            self._update(z.detach(), result.indices)
-        return result
+        indices = search_codes(tokens, self.embeddings, self.metric, mask, self.backend, kept)
+        if self.metric == "cosine":
+            tokens = unit(tokens)
+        update = self._start_update(tokens, indices) if learns else None
+        quantized, loss = pass_through(tokens, self.embeddings, indices, mask, self.commitment_weight)
+        if update is not None:
+            self._update(update())
+        return Quantized(as_given(quantized.to(z.dtype), z, self.channel_first), indices, loss)
 
-    def dictionary_lookup(self, encodings: Tensor) -> Tensor:
-        """Codes ``[..., D]`` of the indices ``encodings [...]``; a zero row for -1."""
-        return lookup(encodings, self.embeddings)
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Training steps inside collect statistics; the first one after it updates the codebook with all of them.
 
-    def soft_codebook_lookup(self, weights: Tensor) -> Tensor:
-        """Mixtures of codes, ``weights @ embeddings``: ``[..., K]`` to ``[..., D]``."""
-        return weights @ self.embeddings
+        The result is that of one step on all batches together, as ``no_sync()`` of DistributedDataParallel gives it
+        for gradients, and no process waits for another inside. Initialisation does not wait: it takes the first batch.
+        What was collected is no part of the state dict.
+        """
+        before, self._accumulates = self._accumulates, True
+        try:
+            yield
+        finally:
+            self._accumulates = before
 
-    @property
-    def usage(self) -> Tensor:
-        """Share of the codes with a moving count of at least ``restart_thres``; a scalar tensor, no host sync."""
-        return (self.N >= self.restart_thres).float().mean()
+    @torch.no_grad()
+    def initialize(self, x: Tensor | Iterable[Tensor], mask: Tensor | None = None) -> None:
+        """Learn the first codes from ``x`` now, as ``init`` says, whatever the codebook holds.
 
-    @property
-    def perplexity(self) -> Tensor:
-        """``exp(-Σ p_k log p_k)`` with ``p = N / ΣN``: the effective number of codes; a scalar tensor."""
-        return torch.special.entr(self.N / self.N.sum()).sum().exp()
+        Args:
+            x: tokens as :meth:`forward` takes them, or an iterable of them that can be iterated more than once. With
+                many processes every rank calls this with its own part.
+            mask: as in :meth:`forward`, for one batch.
+
+        Raises:
+            TypeError: ``x`` is an iterator, which can be read only once.
+            ValueError: there is no finite token, or a shape does not match.
+        """
+        if not self._learn_codes(Batches(x, mask, self._candidates)):
+            raise ValueError("x must hold at least one finite token, got none on any rank")
+
+    def _tile(self, x: Tensor) -> Tensor:
+        """``x`` repeated to at least K rows, as the published classes offer it."""
+        return restart.tile(x, self.n_codes)
+
+    def _candidates(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All tokens ``[n, D]`` float32, as the codebook learns from them, and which may become a code ``[n]``."""
+        tokens = tokens_last(z, self.embedding_dim, self.channel_first).detach()
+        check_floating("z", tokens)
+        check_mask(mask, tokens)
+        return flatten(tokens, mask, self.metric)
 
     @torch.no_grad()
     def _init_embeddings(self, z: Tensor, mask: Tensor | None = None) -> None:
-        """Random tokens of the batch become the codes, the same on every rank."""
-        tokens, real = self._real_tokens(z.detach(), mask)
-        if len(tokens) == 0 and not is_distributed():
-            return
-        self._need_init = False
-        rows, found = self._draw(tokens, real)
-        self.embeddings.copy_(torch.where(found, rows, self.embeddings))
-        self.z_avg.copy_(self.embeddings)
-        self.N.fill_(1)
+        """The first codes, from the first batch that holds a token on any rank."""
+        # The state may have come from elsewhere: DistributedDataParallel copies that of rank 0.
+        if may_read(self.N) and self.N.any():
+            self._need_init = False
+        else:
+            self._learn_codes([self._candidates(z, mask)])
+
+    def _learn_codes(self, batches: TokenBatches) -> bool:
+        """Whether there was a token to learn from."""
+        if self.init == "kmeans":
+            if not may_read(self.N):
+                raise RuntimeError("init='kmeans' cannot be compiled: call initialize(batch) before the first step")
+            learned = cluster(batches, self.n_codes, self.kmeans_iterations, self.metric, self.backend, self.sync)
+            if learned is None:
+                return False
+            self._set_codes(learned.codes)
+            return True
+        rows, found = restart.draw_codes(batches, self.n_codes, self.sync)
+        if may_read(found) and not found:
+            return False
+        self._set_codes(torch.where(found, rows, self.embeddings))
+        return True
+
+    def _start_update(self, tokens: Tensor, indices: Tensor) -> Callable[[], Update] | None:
+        """Collect the statistics and start their sum over the ranks, unless further batches are to come first."""
+        seen = collect(tokens, indices, self.n_codes, restarts=not self.no_random_restart)
+        if self._pending is not None:
+            seen = self._pending.plus(seen)
+        self._pending = seen if self._accumulates else None
+        return None if self._accumulates else seen.start_update(self.sync)
 
     @torch.no_grad()
-    def _update(self, z: Tensor, indices: Tensor) -> None:
-        counts, sums = code_statistics(z, indices, self.n_codes)
-        counts, sums = all_reduce_sum(torch.cat([counts[:, None], sums], 1)).split([1, self.embedding_dim], 1)
-        rows, found = (None, None) if self.no_random_restart else self._draw(*self._real_tokens(z, indices >= 0))
-        state = self.embeddings, self.N, self.z_avg
-        ops.ema_step(*state, counts[:, 0], sums, rows, found, decay=self.ema_decay, restart_thres=self.restart_thres)
+    def _update(self, update: Update) -> None:
+        before = self.embeddings.clone() if self.metric == "cosine" else None
+        ops.ema_step(
+            self.embeddings,
+            self.N,
+            self.z_avg,
+            *update,
+            decay=self.ema_decay,
+            restart_thres=self.restart_thres,
+            restart_thres_relative=self.restart_threshold_relative,
+            resets=self.restart_resets_statistics,
+        )
+        if before is not None:
+            self.embeddings.copy_(unit_or(self.embeddings, before))
 
-    def _real_tokens(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All tokens ``[n, D]`` float32 and which of them may become a code ``[n]``."""
-        tokens = z.reshape(-1, self.embedding_dim).float()
-        real = torch.isfinite(tokens).all(1)
-        return tokens, real if mask is None else real & mask.reshape(-1)
-
-    def _tile(self, x: Tensor) -> Tensor:
-        """``x [n, D]`` if it has at least K rows, otherwise repeated with a little noise."""
-        if len(x) >= self.n_codes or len(x) == 0:
-            return x
-        x = x.repeat(-(-self.n_codes // len(x)), 1)
-        return x + torch.randn_like(x) * (0.01 / self.embedding_dim**0.5)
-
-    def _draw(self, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """K random real tokens ``[K, D]`` of rank 0, and whether there was one, a scalar bool tensor."""
-        if len(tokens) == 0:
-            rows, found = tokens.new_zeros(self.n_codes, self.embedding_dim), real.new_zeros(())
-        else:
-            tiled = self._tile(tokens)
-            real = real.repeat(-(-len(tiled) // len(tokens)))
-            order = torch.randperm(len(tiled), device=tiled.device)
-            # Real tokens first, in their random order; the draw starts over when they do not suffice.
-            # (gather: TorchInductor 2.13 fails to match its own pattern on an index by randperm.)
-            order = order.gather(0, torch.argsort(~real.gather(0, order), stable=True))
-            turns = torch.arange(self.n_codes, device=tiled.device) % real.sum().clamp(min=1)
-            rows, found = tiled[order[turns]], real.any()
-        drawn = broadcast_from_rank_0(torch.cat([rows, found.to(rows).expand(self.n_codes, 1)], 1))
-        return drawn[:, :-1], drawn[:1, -1:] > 0
-
-    def reset_cache(self) -> None:
-        """Forget what was prepared of the codebook; needed only after a write on a GPU that PyTorch does not count."""
-        self._kept.clear()
-
-    def train(self, mode: bool = True) -> EMACodebook:
-        """Switches as in any module; what evaluation has kept is given back when training starts."""
-        if mode:
-            self.reset_cache()
-        super().train(mode)
-        return self
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Modules pickled by earlier versions lack what was added later: it gets its default."""
+        options = signature(EMACodebook.__init__).parameters.values()
+        defaults = {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
+        del defaults["device"]
+        super().__setstate__({**defaults, "_accumulates": False, "_pending": None, "_kept": KeptCodebook(), **state})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
-        """Moves the state like any module, but keeps it float32: in half precision its increments round away."""
-
-        def keep_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        self.reset_cache()
-        super()._apply(keep_float32, recurse)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.reset_cache()
-        if prefix + "embeddings" in state_dict:
-            self._need_init = False
-
-    def extra_repr(self) -> str:
-        """Shown by ``print``."""
-        return f"n_codes={self.n_codes}, embedding_dim={self.embedding_dim}, ema_decay={self.ema_decay}"
+        self._pending = None  # statistics that were being collected do not move
+        return super()._apply(fn, recurse)

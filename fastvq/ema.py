@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import choose_backend, on_device_of
+from fastvq.restart import is_dead
 
 
 def ema_step(
@@ -71,7 +72,7 @@ def ema_step(
         embeddings.copy_(torch.where(total > 0, z_avg / weights[:, None], embeddings))
         if rows is None:
             return
-        rare = N < (restart_thres if restart_thres_relative is None else total * (restart_thres_relative / K))
+        rare = is_dead(N, restart_thres, restart_thres_relative)
         if found is not None:
             rare = rare & found.reshape(())
         embeddings.copy_(torch.where(rare[:, None], rows, embeddings))

@@ -66,17 +66,18 @@ def nearest_code(
         TypeError: an argument is not a floating tensor, or ``mask`` is not boolean.
         ValueError: shapes or devices do not match, ``metric`` or ``backend`` is unknown, or the backend cannot run.
     """
-    indices = _search(x, codebook, metric, mask, backend)
+    indices = search_codes(x, codebook, metric, mask, backend)
     if not return_distance:
         return indices
     return indices, _distance(x.detach(), codebook.detach(), indices, metric)
 
 
-def _search(
+def search_codes(
     x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: str, kept: KeptCodebook | None = None
 ) -> Tensor:
+    """:func:`nearest_code` with what ``kept`` remembers of the codebook ``[K, D]``."""
     _check_search(x, codebook, metric)
-    _check_mask(mask, x)
+    check_mask(mask, x)
     choose_backend(x.device, backend)
     tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
     # A kept codebook is known by the tensor, so that it is not replaced by another of the same values.
@@ -126,7 +127,7 @@ def code_statistics(
         TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
         ValueError: shapes or devices do not match, or ``n_codes`` is not positive.
     """
-    _check_floating("x", x)
+    check_floating("x", x)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         raise TypeError(f"indices must be an int64 tensor, got {_describe(indices)}")
     if indices.shape != x.shape[:-1]:
@@ -136,7 +137,7 @@ def code_statistics(
         raise ValueError(f"n_codes must be at least 1, got {n_codes}")
     if heads and x.dim() < 2:
         raise ValueError(f"x must be [heads, ..., D] with heads, got {list(x.shape)}")
-    _check_mask(mask, x)
+    check_mask(mask, x)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
     leading = x.shape[:1] if heads else ()
@@ -179,22 +180,16 @@ def quantize(
     Raises:
         TypeError, ValueError: as :func:`nearest_code`.
     """
-    return quantize_keeping(None, x, codebook, commitment_weight, mask, backend)
-
-
-def quantize_keeping(
-    kept: KeptCodebook | None,
-    x: Tensor,
-    codebook: Tensor,
-    commitment_weight: float,
-    mask: Tensor | None,
-    backend: str,
-) -> Quantized:
-    """:func:`quantize` with what ``kept`` remembers of the codebook ``[K, D]``."""
-    indices = _search(x, codebook, "euclidean", mask, backend, kept)
-    codes = _gather(indices, codebook.detach())
-    quantized, loss = StraightThrough.apply(x, codes, indices, mask, commitment_weight)
+    indices = search_codes(x, codebook, "euclidean", mask, backend)
+    quantized, loss = pass_through(x, codebook, indices, mask, commitment_weight)
     return Quantized(quantized, indices, loss)
+
+
+def pass_through(
+    x: Tensor, codebook: Tensor, indices: Tensor, mask: Tensor | None, commitment_weight: float
+) -> tuple[Tensor, Tensor]:
+    """``quantized`` and ``loss`` of :func:`quantize` for the ``indices`` found."""
+    return StraightThrough.apply(x, _gather(indices, codebook.detach()), indices, mask, commitment_weight)
 
 
 def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
@@ -230,7 +225,7 @@ def _gather(indices: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
-    _check_floating("x", x)
+    check_floating("x", x)
     _check_codebook(codebook)
     if x.shape[-1] != codebook.shape[-1]:
         raise ValueError(
@@ -246,7 +241,7 @@ def _check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
 
 
 def _check_codebook(codebook: Tensor) -> None:
-    _check_floating("codebook", codebook)
+    check_floating("codebook", codebook)
     if codebook.dim() not in (2, 3):
         raise ValueError(f"codebook must be [n_codes, D] or [heads, n_codes, D], got {list(codebook.shape)}")
     if 0 in codebook.shape:
@@ -257,7 +252,8 @@ def _expected_codebook(codebook: Tensor, dim: int) -> str:
     return f"[n_codes, {dim}]" if codebook.dim() == 2 else f"[heads, n_codes, {dim}]"
 
 
-def _check_floating(name: str, value: Tensor) -> None:
+def check_floating(name: str, value: Tensor) -> None:
+    """Raises where ``value`` is not a floating tensor ``[..., D]`` with D ≥ 1."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
     if value.dim() == 0 or value.shape[-1] == 0:
@@ -269,7 +265,8 @@ def _check_same_device(name: str, value: Tensor, other: Tensor) -> None:
         raise ValueError(f"{name} must be on {other.device} like the other tensor, got {value.device}")
 
 
-def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+def check_mask(mask: Tensor | None, x: Tensor) -> None:
+    """Raises where ``mask`` is not a boolean tensor of the leading shape of ``x``."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

@@ -81,6 +81,60 @@ def test_number_of_tokens_may_change_without_recompiling_for_each():
     assert counter.frame_count == 1
 
 
+OPTIONS = {
+    "restart": {
+        "no_random_restart": False,
+        "restart_resets_statistics": True,
+        "restart_threshold_relative": 0.5,
+    },
+    "cosine": {"metric": "cosine"},
+    "channel first": {"channel_first": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_trains_in_one_graph_that_equals_eager(options):
+    torch._dynamo.reset()
+    batches = [torch.randn(3, 8, n) for n in (30, 20)]
+    if "channel_first" not in options:
+        batches = [z.transpose(1, 2) for z in batches]
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module = fastvq.EMACodebook(24, 8, **options)
+        step = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+        outputs = []
+        for z in batches:
+            mask = torch.rand(3, z[:, 0, :].shape[1] if "channel_first" in options else z.shape[1]) < 0.8
+            with module.accumulate():
+                outputs.append(step(z, mask))
+            outputs.append(step(z, mask))
+        results.append([*outputs, module.state_dict().values()])
+    for eager, compiled in zip(*results, strict=True):
+        for a, b in zip(eager, compiled, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_training_compiles_for_the_first_batch_and_for_fewer_tokens_than_codes_only():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fastvq.EMACodebook(24, 8, no_random_restart=False), fullgraph=True, backend=counter)
+    counts = []
+    for n in (30, 31, 64, 500, 25, 20, 7, 9, 100):
+        compiled(torch.randn(n, 8))
+        counts.append(counter.frame_count)
+    assert counts == [1, 2, 2, 2, 2, 3, 3, 3, 3]
+
+
+def test_initialisation_by_kmeans_asks_to_be_called_before_compilation():
+    module = fastvq.EMACodebook(24, 8, init="kmeans")
+    compiled, z = torch.compile(module, fullgraph=True, backend="aot_eager"), torch.randn(60, 8)
+    with pytest.raises(Exception, match=r"call initialize\(batch\) before the first step"):
+        compiled(z)
+    module.initialize(z)
+    assert compiled(z).loss < module.embeddings.var()
+
+
 def test_module_exports_in_evaluation():
     module = fastvq.EMACodebook(24, 8).eval()
     z = torch.randn(4, 30, 8)

@@ -16,13 +16,16 @@ def test_example_runs(example):
     if "reconstructed" in names:
         assert names["reconstructed"].shape == names["encoder_output"].shape
         assert names["encoder_output"].grad.isfinite().all()
+    elif "latents" in names:
+        assert names["quantized"].shape == names["latents"].shape
+        assert names["counts"].sum() == 5000
     else:
         assert names["same"].shape == names["x"].shape
         assert names["counts"].sum() == (names["indices"] >= 0).sum()
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
 def test_files_the_readme_names_exist():

@@ -1,0 +1,18 @@
+"""Directions: what a codebook with the cosine metric learns from and holds."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unit(x: Tensor) -> Tensor:
+    """``x / |x|`` over the last dimension, at least float32; zero stays zero."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def unit_or(codes: Tensor, before: Tensor) -> Tensor:
+    """``codes [K, D]`` of norm 1; where one has shrunk to nothing, because it won no token for long, ``before``."""
+    norms = torch.linalg.vector_norm(codes, dim=1, keepdim=True)
+    return torch.where(norms > 1e-15, codes / norms, before)

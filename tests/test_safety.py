@@ -1,0 +1,202 @@
+"""What never reaches the codebook: broken tokens, padding, empty batches, reduced precision, broken gradients."""
+
+import pytest
+import torch
+
+import fastvq
+
+
+def test_autocast_changes_neither_indices_nor_state():
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        module = fastvq.EMACodebook(30, 8)
+        z = torch.randn(4, 60, 8) + 3
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            results.append((module(z).indices, module.embeddings, module.N))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_and_padding_never_reach_the_state():
+    batches = [torch.randn(40, 4) for _ in range(20)]
+    states = []
+    for broken in (False, True):
+        torch.manual_seed(0)
+        module = fastvq.EMACodebook(10, 4)
+        module(torch.randn(40, 4))
+        for step, batch in enumerate(batches):
+            z, mask = batch.clone(), torch.ones(40, dtype=torch.bool)
+            if step == 10 and broken:
+                z[5, 2], z[6] = torch.nan, torch.inf
+                z[7:20] = 1e6
+                mask[7:20] = False
+            elif step == 10:
+                z = torch.cat([z[:5], z[20:]])
+                mask = mask[: len(z)]
+            module(z, mask)
+        states.append(module.state_dict())
+    for name in states[0]:
+        assert torch.equal(states[0][name], states[1][name]), name
+
+
+@pytest.mark.parametrize("real_tokens", [0, 3, 100])
+def test_restart_and_initialisation_draw_real_tokens_only(real_tokens):
+    module = fastvq.EMACodebook(10, 4, no_random_restart=False, restart_thres=1e9)
+    z = torch.full((100, 4), 7.0)
+    z[: 100 - real_tokens, 1] = torch.nan
+    random_codes = module.embeddings.clone()
+    for _ in range(2):
+        module(z)
+        assert module.embeddings.isfinite().all()
+        if real_tokens:
+            assert (module.embeddings == 7).all()
+    if real_tokens == 0:
+        # Nothing to learn from: the codes only decay together with their counts.
+        assert torch.allclose(module.embeddings, random_codes, rtol=1e-5)
+
+
+def test_empty_batch_is_harmless():
+    module = fastvq.EMACodebook(10, 4, no_random_restart=False)
+    quantized, indices, loss = module(torch.randn(0, 7, 4))
+    assert module._need_init
+    assert quantized.shape == (0, 7, 4)
+    assert indices.shape == (0, 7)
+    assert loss == 0
+    module(torch.randn(30, 4))
+    module(torch.randn(0, 4))
+    assert module.embeddings.isfinite().all()
+
+
+def test_state_without_any_count_survives_an_empty_batch():
+    module = fastvq.EMACodebook(10, 4)
+    module.load_state_dict(module.state_dict())
+    before = module.embeddings.clone()
+    module(torch.randn(0, 4))
+    assert torch.equal(module.embeddings, before)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_nan_in_200_steps_leaves_the_state_of_a_run_without_that_token(autocast):
+    states = []
+    for broken in (True, False):
+        torch.manual_seed(0)
+        module = fastvq.EMACodebook(10, 4)
+        for step in range(200):
+            z = torch.randn(40, 4).requires_grad_()
+            if step == 10:
+                z = z.detach()
+                z[7, 1] = torch.nan
+                z = z if broken else torch.cat([z[:7], z[8:]])
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                quantized, _, loss = module(z)
+            assert loss.isfinite()
+            assert quantized.isfinite().all() == (not broken or step != 10)
+        states.append(module.state_dict())
+    for name, value in states[0].items():
+        assert value.isfinite().all()
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_gradients_that_overflow_do_not_reach_the_codebook():
+    """As with a GradScaler whose scale is too large: the step is skipped, and the codebook goes on."""
+    results = []
+    for scale in (1.0, torch.inf):
+        torch.manual_seed(0)
+        module = fastvq.EMACodebook(10, 4, no_random_restart=False)
+        for _ in range(3):
+            z = torch.randn(40, 4).requires_grad_()
+            quantized, _, loss = module(z)
+            ((quantized.sum() + loss) * scale).backward()
+        assert z.grad.isfinite().all() == (scale == 1)
+        results.append(module.state_dict())
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+OPTIONS = {
+    "plain": {},
+    "restart": {"no_random_restart": False, "restart_thres": 3.0},
+    "restart, resets": {"no_random_restart": False, "restart_thres": 3.0, "restart_resets_statistics": True},
+    "k-means": {"init": "kmeans"},
+    "cosine": {"metric": "cosine", "no_random_restart": False, "restart_thres": 3.0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("channel_first", [False, True])
+def test_padding_takes_no_part_in_anything(options, channel_first):
+    module = fastvq.EMACodebook(10, 4, channel_first=channel_first, **options)
+    mask = torch.rand(6, 20) < 0.5
+    # Whatever drew, searched or summed padding would carry its size into the state.
+    z = torch.where(mask[..., None], torch.rand(6, 20, 4), 1e9)
+    leaf = (z.movedim(-1, 1) if channel_first else z).clone().requires_grad_()
+    for _ in range(5):
+        quantized, indices, loss = module(leaf, mask)
+    for value in module.state_dict().values():
+        assert value.abs().max() < 100
+    assert torch.equal(indices >= 0, mask)
+    values, (gradient,) = quantized, torch.autograd.grad(quantized.sum() + loss, leaf)
+    if channel_first:
+        values, gradient = values.movedim(1, -1), gradient.movedim(1, -1)
+    assert not values[~mask].any()
+    assert not gradient[~mask].any()
+    assert gradient[mask].any(1).all()
+    tokens = torch.nn.functional.normalize(z, dim=-1) if options.get("metric") == "cosine" else z
+    expected = 0.25 * (tokens - values)[mask].square().mean()
+    # Means of a few hundred float32 terms.
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    module(leaf, torch.zeros_like(mask))
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_initialisation_waits_for_a_token(options):
+    module = fastvq.EMACodebook(10, 4, **options)
+    for z, mask in ((torch.randn(0, 4), None), (torch.randn(9, 4), torch.zeros(9, dtype=torch.bool))):
+        module(z, mask)
+        assert module._need_init
+        assert not module.N.any()
+    module(torch.randn(30, 4))
+    assert not module._need_init
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"init": "lloyd"}, "init must be one of 'first_batch', 'kmeans', got 'lloyd'"),
+        ({"metric": "dot"}, "metric must be one of 'euclidean', 'cosine', got 'dot'"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"n_codes": 0}, "n_codes must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fastvq.EMACodebook(**{"n_codes": 10, "embedding_dim": 4, **arguments})
+
+
+def test_wrong_tokens_are_named():
+    for channel_first, message in ((False, r"z must be \[\.\.\., 4\]"), (True, r"z must be \[b, 4, \.\.\.\]")):
+        module = fastvq.EMACodebook(10, 4, channel_first=channel_first)
+        with pytest.raises(ValueError, match=message + r" to match embedding_dim, got \[2, 3, 5\]"):
+            module(torch.randn(2, 3, 5))
+        with pytest.raises(TypeError, match="z must be a tensor, got list"):
+            module([1.0])
+
+
+@pytest.mark.parametrize("init", ["first_batch", "kmeans"])
+def test_wrong_masks_and_dtypes_raise_before_anything_is_learned(init):
+    module = fastvq.EMACodebook(10, 4, init=init)
+    before = module.embeddings.clone()
+    for z, mask, message in (
+        (torch.randn(9, 4), torch.ones(8, dtype=torch.bool), r"mask must be \[9\]"),
+        (torch.randn(9, 4), torch.ones(9), "mask must be a boolean tensor"),
+        (torch.ones(9, 4, dtype=torch.int64), None, "must be a floating-point tensor"),
+    ):
+        for learn in (module, module.initialize):
+            with pytest.raises((ValueError, TypeError), match=message):
+                learn(z, mask)
+    with pytest.raises(ValueError, match="x must hold at least one batch, got none"):
+        module.initialize([])
+    assert module._need_init
+    assert torch.equal(module.embeddings, before)
