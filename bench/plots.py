@@ -105,7 +105,7 @@ def memory(head: dict[str, Any], rows: Sequence[Row]) -> Figure:
         _draw_curves(panel, curves)
         panel.set_xticks(codes, [f"{k:,}" for k in codes])
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_title({"search": "search", "train": "training step"}[operation], fontsize=12, color=INK)
         panel.set_xlabel("codes K", fontsize=11, color=INK)
@@ -184,7 +184,9 @@ def roofline(head: dict[str, Any], rows: Sequence[Row], limits: dict[str, float]
     axes.set_title(f"Nearest code against the limits of the machine\n{head['device']}", fontsize=14, color=INK)
     tidy(axes, grid="both")
     axes.legend(loc="lower right", fontsize=10, frameon=True, edgecolor="none", labelcolor=INK)
-    label_points(axes, ours, [(x, y) for x, y, row in points if row["contender"] != "fastvq"])
+    steps = [low * (high / low) ** (i / 200) for i in range(201)]
+    roof = [(x, min(product, copy * x)) for x in steps]
+    label_points(axes, ours, [*roof, *((x, y) for x, y, row in points if row["contender"] != "fastvq")])
     return figure
 
 

@@ -53,7 +53,7 @@ def timed(title: str, head: Head, rows: Sequence[Row], limits: dict[str, float])
                 _ms(row["seconds"]) if _ran(row) else row["status"],
                 spread,
                 _ratio(seed / row["seconds"]) if seed and _ran(row) else "",
-                "" if share is None else f"{100 * share:.0f} %",
+                _percent(share),
                 _percent(row.get("wrong_share")),
                 _short(row["note"]),
             ])  # fmt: skip
