@@ -13,7 +13,13 @@ from matplotlib.figure import Figure
 INK = "#1a1a1a"
 NOTE = "#6b6b6b"
 OURS = "#2a6fbb"
-GREYS = ("#7a4b2a", "#5b7a3a", "#9a9a9a", "#a0527a", "#c08a2e", "#4a8a8a", "#6a5a9a", "#b05a4a")
+PLAIN = "#9a9a9a"
+# Of the others, where they have to be told apart.
+COLOURS = (
+    "#7a4b2a", "#5b7a3a", "#8a8a8a", "#a0527a", "#c08a2e", "#4a8a8a", "#6a5a9a", "#b05a4a", "#40506a", "#a8a040",
+    "#503a20", "#c05a90", "#307050",
+)  # fmt: skip
+MARKERS = "osD^vP*Xphd<>"
 _POINTS = 9  # size of labels
 
 
@@ -90,7 +96,7 @@ def label_points(
     marks = [*centres, *(axes.transData.transform(point) for point in others)]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
     for (x, y), (_, _, label) in zip(centres, points, strict=True):
-        width = 0.62 * _POINTS * scale * len(label)
+        width = 0.7 * _POINTS * scale * len(label)
         places = [
             (x + dx if dx > 0 else x + dx - width if dx < 0 else x - width / 2, y + dy - height / 2)
             for distance in (1.0, 2.0, 3.0, 4.5)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from bench.drawing import GREYS, INK, NOTE, OURS, label_ends, label_points, png, tidy
+from bench.drawing import COLOURS, INK, MARKERS, NOTE, OURS, PLAIN, label_ends, label_points, png, tidy
 from bench.roofline import flop, least_bytes
 from bench.store import Row, Store
 
@@ -62,7 +62,7 @@ def throughput(head: dict[str, Any], rows: Sequence[Row]) -> Figure:
                 status = shapes[label].get(name, {}).get("status", "")
                 panel.text(1.05, i, status, va="center", fontsize=8, color=NOTE)
                 continue
-            panel.barh(i, value - 1, left=1, height=0.72, color=OURS if name == "fastvq" else GREYS[2])
+            panel.barh(i, value - 1, left=1, height=0.72, color=OURS if name == "fastvq" else PLAIN)
             weight = "bold" if name == "fastvq" else "normal"
             # Bars to the left of 1 have their label to the right of it.
             panel.text(1.05 * max(1.0, value), i, f"{value:.2g}×", va="center", fontsize=9, color=INK, weight=weight)
@@ -102,7 +102,7 @@ def memory(head: dict[str, Any], rows: Sequence[Row]) -> Figure:
                 curves[f"{name}, out of memory at {short[0]:,}" if short else name] = sorted(points)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        _draw_curves(panel, curves)
+        _draw_curves(panel, curves, _names(rows))
         panel.set_xticks(codes, [f"{k:,}" for k in codes])
         panel.xaxis.set_minor_locator(NullLocator())
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -135,7 +135,7 @@ def accuracy(head: dict[str, Any], rows: Sequence[Row]) -> Figure:
                 same.setdefault(curve, []).append(name)
         panel.set_yscale("symlog", linthresh=0.1)
         panel.set_ylim(-0.02, 160)
-        _draw_curves(panel, {_in_lines(names): list(curve) for curve, names in same.items()})
+        _draw_curves(panel, {_in_lines(names): list(curve) for curve, names in same.items()}, _names(rows))
         panel.set_xticks(range(len(offsets)), [f"{x:g}" for x in offsets])
         panel.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
         panel.yaxis.set_minor_locator(NullLocator())
@@ -161,12 +161,11 @@ def roofline(head: dict[str, Any], rows: Sequence[Row], limits: dict[str, float]
     text = f"matrix product {product:,.0f} GFLOP/s, copy {copy:,.0f} GB/s, measured"
     corner = (max(low, product / copy), product)
     axes.annotate(text, corner, (0, 6), textcoords="offset points", fontsize=10, color=INK)
-    markers = iter("sD^vP*Xphd<>")
-    for name in (name for name in _names(rows) if name != "fastvq"):
+    for i, name in enumerate(_names(rows)):
         mine = [(x, y) for x, y, row in points if row["contender"] == name]
-        if mine:
+        if mine and name != "fastvq":
             xs, ys = zip(*mine, strict=True)
-            axes.scatter(xs, ys, s=26, marker=next(markers), color=GREYS[2], label=name)
+            axes.scatter(xs, ys, s=26, marker=MARKERS[i % len(MARKERS)], color=PLAIN, label=name)
     ours = [(x, y, row["name"]) for x, y, row in points if row["contender"] == "fastvq"]
     if ours:
         axes.scatter([x for x, _, _ in ours], [y for _, y, _ in ours], s=46, color=OURS, label="fastvq", zorder=3)
@@ -199,14 +198,13 @@ def _in_lines(names: Sequence[str]) -> str:
     return ",\n".join(", ".join(names[i : i + 2]) for i in range(0, len(names), 2))
 
 
-def _draw_curves(axes: Axes, curves: dict[str, list[tuple[float, float]]]) -> None:
-    """Lines with markers, ours on top."""
-    shades = iter(GREYS * len(curves))
-    markers = iter("sD^vP*Xphd<>" * len(curves))
+def _draw_curves(axes: Axes, curves: dict[str, list[tuple[float, float]]], names: Sequence[str]) -> None:
+    """Lines with markers, ours on top; a contender looks the same in every panel. A label begins with its name."""
     for label, points in curves.items():
         xs, ys = zip(*points, strict=True)
-        ours = label.startswith("fastvq")
+        place = names.index(label.split(",")[0])
         style: dict[str, Any] = {"color": OURS, "linewidth": 2.6, "zorder": 3, "marker": "o"}
-        if not ours:
-            style = {"color": next(shades), "linewidth": 1.4, "marker": next(markers)}
+        if not label.startswith("fastvq"):
+            colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+            style = {"color": colour, "linewidth": 1.4, "marker": marker}
         axes.plot(xs, ys, markersize=5, label=label, **style)

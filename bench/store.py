@@ -33,23 +33,24 @@ class Store:
         document = json.loads(path.read_text()) if path.exists() else {"heads": {}, "rows": []}
         self.heads: dict[str, dict[str, Any]] = document["heads"]
         self.rows: list[Row] = document["rows"]
-        self._head = ""
+        self._head: tuple[str, dict[str, Any]] = ("", {})
 
     def measured_on(self, head: dict[str, Any]) -> None:
         """New rows belong to ``head``; one that differs by its date alone is the same."""
-        self._head = identity(head)
-        self.heads.setdefault(self._head, head)
+        self._head = identity(head), head
 
     def has(self, wanted: Sequence[Row]) -> bool:
         """Whether all these rows have been measured on this machine with these versions and sources."""
-        there = {_key(row) for row in self.rows if row["head"] == self._head}
+        there = {_key(row) for row in self.rows if row["head"] == self._head[0]}
         return all(_key(row) in there for row in wanted)
 
     def put(self, rows: Sequence[Row]) -> None:
         """Keep rows, in place of older ones of the same measurement, and write the file."""
+        name, head = self._head
         new = {_key(row) for row in rows}
-        self.rows = [row for row in self.rows if row["head"] != self._head or _key(row) not in new]
-        self.rows += [{**row, "head": self._head} for row in rows]
+        self.heads.setdefault(name, head)
+        self.rows = [row for row in self.rows if row["head"] != name or _key(row) not in new]
+        self.rows += [{**row, "head": name} for row in rows]
         write_json(self.path, {"heads": self.heads, "rows": self.rows})
 
     def latest(self, benchmark: str) -> tuple[dict[str, Any], list[Row]]:

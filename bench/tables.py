@@ -99,7 +99,11 @@ def accuracy(title: str, head: Head, rows: Sequence[Row]) -> Grid:
             lines.append([dtype if i == 0 else "", name, *cells])
     first = rows[0]
     remark = f"{first['checked_tokens']:,} tokens, " if first.get("checked_tokens") else ""
-    remarks = [f"{_machine(head)}; {remark}K = {first['codes']:,}, D = {first['dim']}; offset in standard deviations."]
+    remarks = [
+        f"{_machine(head)}; {remark}K = {first['codes']:,}, D = {first['dim']}; offset in standard deviations.",
+        "seed in half: the formula in the precision given; half product: the product in it, norms in float32;",
+        "the others get half precision as float32.",
+    ]
     return Grid(title, remarks, ["dtype", "contender", *(f"offset {k:g}" for k in offsets)], lines, left=2)
 
 

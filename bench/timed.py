@@ -68,6 +68,8 @@ def time_together(rows: Sequence[Row], operation: str, problem: Problem, options
             calls[row["contender"]] = prepared.call
         except Exception as error:  # whatever another library raises belongs into the table
             row |= failure(error)
+    if options.device.type == "cuda":
+        torch.cuda.empty_cache()  # of what a failed contender has left
     clock = Clock(options.device)
     timings = clock.interleaved(calls, options.repeats)
     for row in rows:
