@@ -29,6 +29,7 @@ def plan(options: Options) -> list[Group]:
     problem = replace(problem, heads=1, metric="euclidean", tokens=min(problem.tokens, _USUAL.tokens))
     if options.quick:
         problem = replace(problem, tokens=min(problem.tokens, _QUICK_TOKENS))
+    problem = replace(problem, name=problem.size)
     groups = []
     for name, dtype in DTYPES.items():
         if options.dtype not in (None, dtype):

@@ -42,6 +42,7 @@ def plan(options: Options) -> list[Group]:
         problem = replace(problem, tokens=options.shapes[0].tokens, dim=options.shapes[0].dim)
     elif options.quick:
         problem = replace(problem, tokens=_QUICK_TOKENS)
+    problem = replace(problem, name=f"{problem.tokens}×K×{problem.dim}")
     groups = []
     for operation in ("search", "train"):
         for codes in _QUICK_CODES if options.quick else _CODES:

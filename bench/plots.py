@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from bench.drawing import COLOURS, INK, MARKERS, NOTE, OURS, PLAIN, label_ends, label_points, png, tidy
-from bench.roofline import flop, least_bytes
+from bench.roofline import flop, least_bytes, limits_of
 from bench.store import Row, Store
 
 _SEED = "seed formula"
@@ -21,8 +21,8 @@ _COLUMNS = 4
 def pictures(store: Store) -> dict[str, bytes]:
     """Each picture whose benchmark has rows, by file name."""
     found = {}
-    limits = {row["name"]: row["rate"] for row in store.latest("limits")[1]}
     head, rows = store.latest("search")
+    limits = limits_of(store, rows)
     if any(row["contender"] == _SEED and row.get("seconds") for row in rows):
         found["throughput.png"] = png(throughput(head, rows))
     if limits and any(row.get("seconds") for row in rows):

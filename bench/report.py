@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bench import tables
 from bench.grid import Grid, as_markdown, as_table, without_empty_columns
+from bench.roofline import limits_of
 from bench.store import Store
 
 # What the README shows of each benchmark, and the words above it.
@@ -69,11 +70,6 @@ def kept() -> list[Path]:
     return sorted((Path(__file__).parent / "results").glob("bench_*.json"))
 
 
-def limits_of(store: Store) -> dict[str, float]:
-    """FLOP/s of a product and bytes/s of a copy, by name; empty where they were not measured."""
-    return {row["name"]: row["rate"] for row in store.latest("limits")[1]}
-
-
 def _grids(store: Store, name: str) -> list[Grid]:
     """The tables of a benchmark, the short one first; none without rows."""
     head, rows = store.latest(name)
@@ -81,7 +77,7 @@ def _grids(store: Store, name: str) -> list[Grid]:
         return []
     title = _TITLES[name]
     if name in ("search", "train"):
-        whole = tables.timed(title.split(":")[0], head, rows, limits_of(store))
+        whole = tables.timed(title.split(":")[0], head, rows, limits_of(store, rows))
         return [tables.side_by_side(title, head, rows), without_empty_columns(whole)]
     make: Callable[..., Grid] = getattr(tables, name)
     return [make(title, head, rows)]

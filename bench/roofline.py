@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from bench.gpu.device import ceilings
 from bench.options import Options
 from bench.run import Group
-from bench.store import Row
+from bench.store import Row, Store
 from bench.timing import Clock
 
 # Three float32 matrices of 1 MiB: they stay in the cache of every processor of the last ten years.
@@ -55,6 +55,12 @@ def _on_cpu(device: torch.device) -> tuple[float, float]:
     timings = Clock(device).interleaved(calls, _REPEATS)
     flop = 2 * _PRODUCT**3 * _PRODUCTS
     return flop / min(timings["product"].seconds), 2 * _COPY_BYTES / min(timings["copy"].seconds)
+
+
+def limits_of(store: Store, rows: Sequence[Row]) -> dict[str, float]:
+    """Rates by name, measured on the machine of ``rows`` with the same versions; empty where they were not."""
+    heads = {row["head"] for row in rows}
+    return {row["name"]: row["rate"] for row in store.rows if row["benchmark"] == "limits" and row["head"] in heads}
 
 
 def flop(row: Row) -> float:

@@ -30,6 +30,7 @@ def plan(options: Options) -> list[Group]:
     if options.shapes:
         first = options.shapes[0]
         centre = replace(centre, tokens=first.tokens, codes=first.codes, dim=first.dim)
+    centre = replace(centre, name=centre.size)
     groups = []
     for axis, values in (_QUICK_AXES if options.quick else _AXES).items():
         for value in values:

@@ -17,6 +17,8 @@ Row = dict[str, Any]
 IDENTITY = (
     "benchmark", "name", "operation", "tokens", "codes", "dim", "dtype", "device", "offset", "axis", "contender",
 )  # fmt: skip
+# Each of these is one sweep, of which a file may have several, under different names.
+_SWEEPS = ("memory", "accuracy", "scaling")
 _HEAD_COLUMNS = ("device", "threads", "commit", "date")
 
 
@@ -54,12 +56,16 @@ class Store:
         write_json(self.path, {"heads": self.heads, "rows": self.rows})
 
     def latest(self, benchmark: str) -> tuple[dict[str, Any], list[Row]]:
-        """Head and rows of the machine and versions that measured this benchmark last; empty where none did."""
+        """Head and rows of the machine and versions that measured this benchmark last; empty where none did.
+
+        Of sweeps over some size, the one measured last.
+        """
         rows = [row for row in self.rows if row["benchmark"] == benchmark]
         if not rows:
             return {}, []
-        head = rows[-1]["head"]
-        return self.heads[head], [row for row in rows if row["head"] == head]
+        last = rows[-1]
+        same = ("head", "name") if benchmark in _SWEEPS else ("head",)
+        return self.heads[last["head"]], [row for row in rows if all(row[name] == last[name] for name in same)]
 
     def write_csv(self, path: Path) -> None:
         """All rows with the main facts of their machine, one line each."""

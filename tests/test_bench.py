@@ -268,6 +268,18 @@ def test_another_machine_measures_again(tmp_path):
     assert len(Store(store.path).rows) == 2
 
 
+def test_of_two_sweeps_and_two_machines_nothing_is_mixed(tmp_path):
+    store = Store(tmp_path / "results.json")
+    store.measured_on({"device": "one"})
+    store.put([{"benchmark": "limits", "name": "product", "rate": 1.0}])
+    store.put([{"benchmark": "memory", "name": name, "contender": "fastvq"} for name in ("small", "large")])
+    assert [row["name"] for row in store.latest("memory")[1]] == ["large"]
+    store.measured_on({"device": "two"})
+    store.put([{"benchmark": "search", "name": "esm3", "contender": "fastvq"}])
+    assert roofline.limits_of(store, store.latest("memory")[1]) == {"product": 1.0}
+    assert roofline.limits_of(store, store.latest("search")[1]) == {}
+
+
 def test_an_interrupted_run_keeps_what_is_done_and_ends_with_130(tmp_path):
     arguments = ["search", "--contenders", "fastvq", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
     shapes = ",".join(f"{n}x20x2" for n in range(20, 4000))
