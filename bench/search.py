@@ -9,7 +9,7 @@ from bench.problems import NAMED
 from bench.run import Group
 from bench.timed import time_together, wanted
 
-_QUICK = ("llamagen", "unitok", "esm3", "encodec", "k1024-d64", "wavtokenizer", "mimi", "recommender")
+_QUICK = ("llamagen", "unitok", "esm3", "encodec", "mimi", "recommender")
 
 
 def plan(options: Options) -> list[Group]:
