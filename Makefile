@@ -1,13 +1,16 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both create .venv when it is missing.
+# Three commands on a fresh machine: `make demo`, `make bench` and `make test`. All create .venv when it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo bench test lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
 	$(BIN)/fastvq demo --out demo-out
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m bench quick --out bench-out
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
@@ -30,4 +33,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,10 +29,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from bench.gpu.problems import MODELS, PUBLISHED, Problem
+from bench.gpu.problems import MODELS, PUBLISHED
 from bench.issue_model import H100
+from bench.problems import Problem, make_inputs
 from bench.refine_model import COUNTS, ranges_on_gpu, sm_90_config
-from bench.shapes import Shape, make_data
 from fastvq import EMACodebook
 from fastvq.backends import interpreting
 from fastvq.info import versions
@@ -143,14 +143,19 @@ def rows_of(problem: Problem, tokens: int | None) -> list[Row]:
     """A row per kind of data; ``tokens`` None for as many as the interpreter counts in less than a minute."""
     tokens = tokens or min(2048, max(128, _PAIRS // problem.codes))
     ranges = ranges_on_gpu(problem, sm_90_config(problem.dim))
-    shape = Shape(problem.name, tokens, problem.codes, problem.dim, "")
     if problem.name in _PHOTOS:
         data = {"photos": photo_data(problem, tokens)}
     else:
-        data = {"gaussian": make_data(shape, near=False), "near": make_data(shape, near=True)}
+        one_head = replace(problem, tokens=tokens, heads=1)
+        data = {kind: _drawn(one_head, kind) for kind in ("gaussian", "near")}
     about = {"name": problem.name, "codes": problem.codes, "dim": problem.dim, "metric": problem.metric}
     about["batch"] = problem.heads * problem.tokens
     return [about | {"data": kind} | count(*pair, problem.metric, ranges) for kind, pair in data.items()]
+
+
+def _drawn(problem: Problem, kind: str) -> tuple[Tensor, Tensor]:
+    (x,), codebook = make_inputs(problem, torch.device("cpu"), kind=kind)
+    return x, codebook
 
 
 def table_cells(row: Row) -> list[str]:

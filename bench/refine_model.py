@@ -20,8 +20,9 @@ from unittest.mock import patch
 import torch
 import triton
 
-from bench.gpu.problems import MODELS, PUBLISHED, Problem
+from bench.gpu.problems import MODELS, PUBLISHED
 from bench.issue_model import H100, PairCost, modelled_time
+from bench.problems import Problem
 from fastvq_kernels.configs import SPLIT_D, ScanConfig, packed_width, rescan_config, scan_config
 from fastvq_kernels.scan import splits
 from fastvq_kernels.settle import SHARES

@@ -15,7 +15,8 @@ from typing import Any
 
 import triton
 
-from bench.gpu.problems import MODELS, PUBLISHED, Problem
+from bench.gpu.problems import MODELS, PUBLISHED
+from bench.problems import Problem
 from bench.refine_model import L2_RATE, SECTOR, operand_rate
 from fastvq_kernels.configs import HOT_ADD_SECONDS, ORDERED, atomics_would_queue, hottest_share
 from fastvq_kernels.ordered import sort_key

@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.contenders.base import Prepared
 from bench.gpu import command as gpu
 from bench.gpu import sweep
-from bench.gpu.contenders import CONTENDERS, Contender
+from bench.gpu.kernels import stage_name
 from bench.gpu.problems import MODELS, PUBLISHED, published, tiny
-from bench.gpu.rows import measure
+from bench.gpu.rows import RIVALS, measure
 from bench.gpu.stage import Stage, run_stage
 from bench.gpu.summary import failures, summary
-from bench.gpu.timing import Clock, stage_name
 from bench.gpu.workers import Workers
+from bench.timing import Clock
 from fastvq_kernels.configs import TOKEN_TILE, packed_width
 
 ROOT = Path(__file__).parents[1]
@@ -76,8 +77,8 @@ def test_indices_are_right_in_every_stage(document):
 
 def test_contenders_stand_beside_each_other(document):
     rows = {row["contender"]: row for row in document["stages"]["timing"]["rows"]}
-    assert list(rows) == list(CONTENDERS)
-    for name in ("fastvq", "fastvq packed", "product", "cdist", "formula"):
+    assert list(rows) == list(RIVALS)
+    for name in ("fastvq", "fastvq packed", "product", "cdist", "seed formula"):
         assert rows[name]["status"] == "ok"
         assert rows[name]["seconds"] > 0
     assert rows["fastvq"]["times_product"] == pytest.approx(rows["fastvq"]["seconds"] / rows["product"]["seconds"])
@@ -163,9 +164,9 @@ def test_a_contender_that_raises_is_a_row_that_says_so(stage):
 
     def late(problem, batches, codebook):
         calls = iter([0, 0])  # one to see the result, one for the memory
-        return Contender(lambda i: next(calls))
+        return Prepared(lambda i: next(calls))
 
-    contenders = {"broken": broken, "late": late, "product": CONTENDERS["product"]}
+    contenders = {"broken": broken, "late": late, "product": RIVALS["product"]}
     rows = measure(stage, Clock(CPU), tiny(PUBLISHED[0]), contenders)
     assert [(row["contender"], row["status"]) for row in rows] == [
         ("broken", "failed"),

@@ -30,14 +30,15 @@ from typing import Any, NamedTuple
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from bench.gpu.device import facts
 from bench.gpu.exact import exactness, sanitize, smoke
 from bench.gpu.flash import flash
 from bench.gpu.rows import device_stage, models, timing
-from bench.gpu.stage import Stage, run_stage, write_json
+from bench.gpu.stage import Stage, run_stage
 from bench.gpu.summary import failures, summary
 from bench.gpu.sweep import sweep
 from bench.gpu.training import training
+from bench.machine import facts
+from bench.store import write_json
 from fastvq.info import pick_device
 
 _ROOT = Path(__file__).parents[2]

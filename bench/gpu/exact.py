@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import fastvq
-from bench.gpu.contenders import with_heads
-from bench.gpu.problems import MODELS, PUBLISHED, Problem, make_inputs, tiny
+from bench.contenders.base import with_heads
+from bench.gpu.problems import MODELS, PUBLISHED, tiny
 from bench.gpu.stage import Row, Stage
 from bench.gpu.sweep import variations
 from bench.gpu.workers import Workers
+from bench.problems import Problem, make_inputs
 from fastvq.cases import adversarial_cases
 from fastvq.verify import judge_all
 

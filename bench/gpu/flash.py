@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu.contenders import Contender, Prepare, prepare_fastvq, prepare_flash, prepare_packed
-from bench.gpu.problems import PUBLISHED, Problem, make_inputs, tiny
-from bench.gpu.rows import measure
+from bench.contenders import flash_kmeans
+from bench.contenders.base import Prepare, Prepared
+from bench.gpu.problems import PUBLISHED, tiny
+from bench.gpu.rows import RIVALS, measure
 from bench.gpu.stage import Stage
-from bench.gpu.timing import Clock
 from bench.gpu.workers import Workers
+from bench.problems import Problem, make_inputs
+from bench.timing import Clock
 
 
 def flash(stage: Stage) -> None:
@@ -29,16 +31,14 @@ def flash(stage: Stage) -> None:
 def _time_flash(stage: Stage, workers: Workers, clock: Clock, problem: Problem) -> None:
     best, note = _best_flash(stage, workers, clock, problem)
     if best is None:
-        stage.add({**problem.describe(), "contender": "flash-kmeans best", "status": "none", "note": note})
+        stage.add({**problem.describe(), "contender": "flash-kmeans best", "status": "failed", "note": note})
         return
 
-    def prepare_best(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Contender:
-        return prepare_flash(problem, batches, codebook, best)
+    def prepare_best(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
+        return flash_kmeans.search(problem, batches, codebook, best)
 
     rivals: dict[str, Prepare] = {
-        "fastvq": prepare_fastvq,
-        "fastvq packed": prepare_packed,
-        "flash-kmeans": prepare_flash,
+        **{name: RIVALS[name] for name in ("fastvq", "fastvq packed", "flash-kmeans")},
         "flash-kmeans best": prepare_best,
     }
     for row in measure(stage, clock, problem, rivals):
@@ -68,7 +68,7 @@ def flash_configs(dim: int) -> list[dict[str, int]]:
 def run_flash(task: _FlashTask) -> None:
     """Compile and run flash-kmeans once; its number of tokens is compiled in, so all of them are there."""
     (x,), codebook = make_inputs(task.problem, task.device)
-    prepare_flash(task.problem, [x], codebook, dict(task.config)).call(0)
+    flash_kmeans.search(task.problem, [x], codebook, dict(task.config)).call(0)
     torch.cuda.synchronize()
     del x
     torch.cuda.empty_cache()
@@ -81,7 +81,7 @@ def _best_flash(stage: Stage, workers: Workers, clock: Clock, problem: Problem) 
     if not good:
         return None, outcomes[0].error
     batches, codebook = make_inputs(problem, stage.device, 2)
-    calls = {str(config): prepare_flash(problem, batches, codebook, config).call for config in good}
+    calls = {str(config): flash_kmeans.search(problem, batches, codebook, config).call for config in good}
     timings = clock.interleaved(calls, 3)
     if not timings:
         return None, str(clock.errors)[:500]

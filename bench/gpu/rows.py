@@ -9,25 +9,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu.contenders import (
-    CONTENDERS,
-    Contender,
-    DoesNotApplyError,
-    Prepare,
-    prepare_fastvq,
-)
+from bench.contenders import CONTENDERS, SPECIAL, ours
+from bench.contenders.base import Prepare, Prepared
 from bench.gpu.device import ceilings, clocks
-from bench.gpu.problems import MODELS, PUBLISHED, Problem, make_inputs, published, tiny
+from bench.gpu.kernels import stage_seconds
+from bench.gpu.problems import MODELS, PUBLISHED, published, tiny
 from bench.gpu.stage import Row, Stage
-from bench.gpu.timing import Clock, seconds_row, stage_seconds
-from bench.gpu.workers import Workers, describe
+from bench.gpu.workers import Workers
+from bench.outcome import describe, failure
+from bench.problems import Problem, make_inputs
+from bench.timing import Clock, seconds_row
 from fastvq.measure import peak_extra_memory
 
 _REPEATS = 25
 # Rotated batches take at most this much memory.
 _BATCH_BYTES = 4 << 30
 # Timed in float32, in which they compute.
-_SLOW_CONTENDERS = ("cdist", "formula")
+_SLOW_CONTENDERS = ("cdist", "seed formula")
+_EVERY = {**CONTENDERS, **SPECIAL}
+RIVALS: dict[str, Prepare] = {"fastvq": ours.search_kernels} | {
+    name: prepare
+    for name in ("fastvq packed", "product", "flash-kmeans", "cdist", "seed formula")
+    if (prepare := _EVERY[name].search) is not None
+}
 
 
 def device_stage(stage: Stage) -> None:
@@ -52,7 +56,7 @@ def _time_all(stage: Stage, problems: list[Problem]) -> None:
     broken = _compile(stage, problems)
     clock = Clock(stage.device)
     for problem in stage.while_time(problems, lambda problem: f"{problem.name} {problem.describe()['dtype']}"):
-        contenders = dict(CONTENDERS)
+        contenders = dict(RIVALS)
         if problem.dtype != torch.float32 and problem.name != PUBLISHED[0].name:
             contenders = {name: make for name, make in contenders.items() if name not in _SLOW_CONTENDERS}
         with stage.guarded(f"{problem.name} {problem.describe()['dtype']}"):
@@ -81,7 +85,7 @@ def warm(task: _Warm) -> None:
     problem = task.problem
     smaller = replace(problem, tokens=min(problem.tokens, 65_536))
     (x,), codebook = make_inputs(smaller, task.device)
-    prepare_fastvq(smaller, [x], codebook).call(0)
+    ours.search_kernels(smaller, [x], codebook).call(0)
     if task.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -100,12 +104,12 @@ def measure(
         broken: why fastvq cannot run, if so.
 
     Returns:
-        One row per contender: ``status`` is ``"ok"``, ``"none"`` (does not apply) or ``"failed"``, with ``note``.
+        One row per contender; ``status`` is ``"ok"`` or what :func:`bench.outcome.failure` says, with ``note``.
     """
     buffers = 2 if stage.dry else max(2, min(4, _BATCH_BYTES // (problem.heads * problem.tokens * problem.dim * 4)))
     batches, codebook = make_inputs(problem, stage.device, buffers)
     rows: dict[str, Row] = {}
-    ready: dict[str, Contender] = {}
+    ready: dict[str, Prepared] = {}
     expected: Tensor | None = None
     for name, prepare in contenders.items():
         row = rows[name] = {**problem.describe(), "contender": name, "status": "ok", "note": "", "seconds": None}
@@ -127,21 +131,19 @@ def measure(
             del result
             row["peak_extra_bytes"] = peak_extra_memory(lambda call=contender.call: call(1), stage.device)  # type: ignore[misc]
             ready[name] = contender
-        except DoesNotApplyError as reason:
-            row |= {"status": "none", "note": str(reason)}
         except Exception as error:  # whatever another library raises belongs into the table
-            row |= {"status": "failed", "note": describe(error)}
+            row |= failure(error)
     _fill(stage, clock, problem, rows, ready)
     return list(rows.values())
 
 
-def _fill(stage: Stage, clock: Clock, problem: Problem, rows: dict[str, Row], ready: dict[str, Contender]) -> None:
+def _fill(stage: Stage, clock: Clock, problem: Problem, rows: dict[str, Row], ready: dict[str, Prepared]) -> None:
     """Times, rates and ratios of the contenders that run; the stages of fastvq; clocks."""
     calls = {name: contender.call for name, contender in ready.items()}
     before = clocks(stage.device)
     timings = clock.interleaved(calls, 2 if stage.dry else _REPEATS, stage.deadline)
     for name, error in clock.errors.items():
-        rows[name] |= {"status": "failed", "note": error}
+        rows[name] |= error
     for name, timed in timings.items():
         rates = {"tflops": problem.flop / timed.median / 1e12, "tera_pairs": problem.pairs / timed.median / 1e12}
         rows[name] |= {**seconds_row(timed), **rates}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.gpu.workers import describe
+from bench.outcome import describe
+from bench.store import write_json
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
@@ -97,10 +96,3 @@ def run_stage(stage: Stage, function: Callable[[Stage], None]) -> None:
         stage.document["status"] = "ok"
     stage.document["seconds"] = time.monotonic() - start
     stage.write()
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Replace ``path`` in one step, so that a reader never sees half of it."""
-    unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=True) + "\n")
-    os.replace(unfinished, path)

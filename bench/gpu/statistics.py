@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.stage import Row
-from bench.gpu.timing import Clock
+from bench.timing import Clock
 from fastvq_kernels.accumulate import code_statistics
 from fastvq_kernels.configs import atomics_would_queue
 

@@ -26,7 +26,7 @@ def failures(document: Document) -> list[str]:
             reason = stage.get("traceback", "").strip().splitlines()[-1:] or stage["notes"][-1:]
             found.append(f"{name}: the stage failed: {' '.join(reason)}")
         broken = [
-            row for row in stage["rows"] if row.get("status") == "failed" and "fastvq" in row.get("contender", "")
+            row for row in stage["rows"] if row.get("status", "ok") != "ok" and "fastvq" in row.get("contender", "")
         ]
         found += [f"{name}: {_label(row)}, {row['contender']}: {row['note']}" for row in broken]
     return found
@@ -113,7 +113,7 @@ def _times(document: Document, stage: str) -> str:
     for rows in _by_problem(_rows(document, stage)):
         full, packed = rows.get("fastvq", {}), rows.get("fastvq packed", {})
         best = packed if packed.get("seconds") else full
-        others = [_ms(rows.get(name, {}).get("seconds")) for name in ("flash-kmeans", "cdist", "formula")]
+        others = [_ms(rows.get(name, {}).get("seconds")) for name in ("flash-kmeans", "cdist", "seed formula")]
         problem = next(iter(rows.values()))
         table.add_row(
             problem["name"], problem["size"], _short(problem), _ms(full.get("seconds")), _ms(packed.get("seconds")),

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu.contenders import with_heads
-from bench.gpu.problems import Problem, make_inputs, tiny
+from bench.contenders.base import with_heads
+from bench.gpu.kernels import compiled_versions, kernels_of
+from bench.gpu.problems import tiny
 from bench.gpu.stage import Row, Stage
-from bench.gpu.timing import Clock, compiled_versions, kernels_of, seconds_row
-from bench.gpu.workers import Outcome, Workers, describe
+from bench.gpu.workers import Outcome, Workers
+from bench.outcome import describe
+from bench.problems import Problem, make_inputs
+from bench.timing import Clock, seconds_row
 from fastvq_kernels.configs import TOKEN_TILE, ScanConfig, scan_config
 
 # A dimension for each width, the most valuable widths first.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import fastvq
+from bench.gpu.kernels import count_compiled
 from bench.gpu.stage import Row, Stage
 from bench.gpu.statistics import statistics
-from bench.gpu.timing import count_compiled
-from bench.gpu.workers import describe
+from bench.outcome import describe
 from fastvq.measure import compare_with_reference
 
 # ESM3's and VideoGPT's codebooks: tokens, codes, dim.

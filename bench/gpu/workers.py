@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -16,6 +15,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+
+from bench.outcome import describe
 
 # A task: compiling all kernels of one search takes 10 to 20 seconds on a busy core.
 _TASK_SECONDS = 90.0
@@ -141,13 +142,3 @@ def _cuda_answers() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def describe(error: BaseException, lines: int = 3) -> str:
-    """Type and message of an error, cut to a few lines, with the place where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    message = [line for line in str(error).splitlines() if line.strip()]
-    # A compiler's message ends with what is wrong and begins with the source it is about.
-    kept = message if len(message) <= lines else [message[0], "...", *message[-(lines - 1) :]]
-    return f"{type(error).__name__}: {' | '.join(kept)[:500]}{place}"

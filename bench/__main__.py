@@ -1,0 +1,127 @@
+"""Speed, memory and accuracy side by side: `python -m bench`.
+
+Results are kept as they come: a run that is interrupted, or started again with the same folder, goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from bench import accuracy, memory, report, roofline, scaling, search, train
+from bench.machine import facts, limit_memory
+from bench.options import Options
+from bench.run import run
+from bench.store import Store
+
+PLANS = {"search": search, "train": train, "memory": memory, "accuracy": accuracy, "scaling": scaling}
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Shapes = Annotated[str, typer.Option(help="Models by name (esm3,llamagen) or sizes tokens×codes×dim. [default: all]")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda. auto takes a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16. [default: float32; accuracy: all]")]
+Names = Annotated[str, typer.Option(help="Names separated by commas. [default: all that offer the operation]")]
+Out = Annotated[Path, typer.Option(help="Folder for results, tables and pictures.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: as many as PyTorch takes]")]
+Repeats = Annotated[int | None, typer.Option(min=1, help="Timed calls of each. [default: 5 on a CPU, 25 on a GPU]")]
+Quick = Annotated[bool, typer.Option("--quick", help="Few and small sizes.")]
+
+
+def _command(name: str, help_text: str | None) -> None:
+    @app.command(name, help=(help_text or "").split("\n\n")[0])
+    def command(
+        shapes: Shapes = "",
+        device: Device = "auto",
+        dtype: Dtype = "",
+        contenders: Names = "",
+        out: Out = Path("bench-out"),
+        threads: Threads = None,
+        repeats: Repeats = None,
+        quick: Quick = False,
+    ) -> None:
+        with _user_errors():
+            if threads:
+                torch.set_num_threads(threads)
+            options = Options.checked(device, dtype, shapes, contenders, repeats, quick)
+        measure([name], options, out)
+
+
+for _name, _module in PLANS.items():
+    _command(_name, _module.__doc__)
+
+
+@app.command()
+def quick(device: Device = "auto", out: Out = Path("bench-out"), threads: Threads = None) -> None:
+    """Everything at few and small sizes; the set of `make bench`."""
+    with _user_errors():
+        if threads:
+            torch.set_num_threads(threads)
+        options = Options.checked(device, "", "", "", None, quick=True)
+    measure(list(PLANS), options, out)
+
+
+@app.command("report")
+def rebuild(
+    results: Annotated[list[Path] | None, typer.Argument(help="Files of results. [default: OUT/results.json]")] = None,
+    out: Out = Path("bench-out"),
+    readme: Annotated[Path | None, typer.Option(help="Fill the marked sections of this file and end.")] = None,
+) -> None:
+    """Tables and pictures from stored results, without measuring anything; the README's from bench/results/."""
+    with _user_errors():
+        paths = results or ([out / "results.json"] if readme is None else report.kept())
+        missing = [str(path) for path in paths if not path.exists()]
+        if missing:
+            raise ValueError(f"results must be files of an earlier run, got {', '.join(missing)}")
+        stores = [Store(path) for path in paths]
+        if readme is not None:
+            readme.write_text(report.filled(readme.read_text(encoding="utf-8"), stores), encoding="utf-8")
+            return
+    for store in stores:
+        report.write(store, out, _console())
+
+
+def measure(names: Sequence[str], options: Options, out: Path) -> None:
+    """Run benchmarks by name, then write and print what the store has of them."""
+    out.mkdir(parents=True, exist_ok=True)
+    store = Store(out / "results.json")
+    store.measured_on(facts(options.device))
+    if options.device.type == "cpu":
+        limit_memory()
+    console = Console(stderr=True)
+    plans = [PLANS[name].plan(options) for name in names]
+    try:
+        if set(names) & {"search", "train", "scaling"}:
+            run("roofline", roofline.plan(options), store, console)
+        for name, groups in zip(names, plans, strict=True):
+            run(name, groups, store, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {store.path} has {len(store.rows)} rows, the same command goes on from there")
+        raise typer.Exit(130) from None
+    report.write(store, out, _console(), names)
+
+
+def _console() -> Console:
+    """For tables: a log file has no width; without one Rich would fold them to 80 columns."""
+    return Console(width=None if sys.stdout.isatty() else 150)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn what the user can put right into one line and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"bench: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app()

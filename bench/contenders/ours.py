@@ -1,0 +1,55 @@
+"""This package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import fastvq
+from bench.contenders.base import Contender, Prepared, searching, training, with_heads
+from bench.outcome import DoesNotApplyError
+from bench.problems import Problem
+from fastvq.backends import interpreting
+
+
+def version() -> str:
+    """Of this package."""
+    return f"fastvq {fastvq.__version__}"
+
+
+def search(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
+    """The search as a user calls it, with the backend it picks itself."""
+    return searching(batches, lambda x: fastvq.nearest_code(x, codebook, metric=problem.metric))
+
+
+def search_kernels(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
+    """The same with the kernels, which it picks on a GPU; without one they are interpreted."""
+    return searching(batches, lambda x: fastvq.nearest_code(x, codebook, metric=problem.metric, backend="triton"))
+
+
+def search_packed(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
+    """The kernels with the codebook packed beforehand, as in evaluation. The call also gives the open tokens."""
+    if not (codebook.is_cuda or interpreting()):
+        raise DoesNotApplyError("needs a GPU")
+    from fastvq_kernels.pack import pack_codebook
+    from fastvq_kernels.search import certified_search
+
+    packed = pack_codebook(codebook, problem.metric)
+    return Prepared(
+        lambda i: certified_search(with_heads(batches[i % len(batches)]), packed),
+        indices=lambda result: result[0].view(batches[0].shape[:-1]),
+    )
+
+
+def train(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
+    """``EMACodebook`` without random restart."""
+    module = fastvq.EMACodebook(problem.codes, problem.dim, device=codebook.device)
+    counts = torch.ones(problem.codes, device=codebook.device)
+    module.load_state_dict({"embeddings": codebook, "N": counts, "z_avg": codebook})
+    return training(batches, module)
+
+
+CONTENDER = Contender(version, search, train)
+PACKED = Contender(version, search_packed)
