@@ -35,6 +35,18 @@ def test_peak_extra_memory_sees_temporaries_inside_an_operator():
     assert 4 * x.numel() <= peak < 4.1 * x.numel()
 
 
+def test_peak_extra_memory_sees_what_a_search_on_several_threads_allocates():
+    x, codebook = torch.randn(4096, 32), torch.randn(4096, 32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        peak = peak_extra_memory(lambda: fastvq.nearest_code(x, codebook), CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert peak >= 4 * codebook.numel()  # the packed codebook
+
+
 @pytest.mark.gpu
 def test_peak_extra_memory_on_a_gpu():
     device = torch.device("cuda")
