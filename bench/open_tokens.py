@@ -140,8 +140,8 @@ def problems() -> list[Problem]:
 
 
 def rows_of(problem: Problem, tokens: int | None) -> list[Row]:
-    """A row per kind of data; ``tokens`` None for as many as the interpreter counts in less than a minute."""
-    tokens = tokens or min(2048, max(128, _PAIRS // problem.codes))
+    """A row per kind of data, of at most ``tokens`` tokens, and as many as the interpreter counts in about a minute."""
+    tokens = min(tokens or 2048, max(128, _PAIRS // problem.codes))
     ranges = ranges_on_gpu(problem, sm_90_config(problem.dim))
     if problem.name in _PHOTOS:
         data = {"photos": photo_data(problem, tokens)}
@@ -182,7 +182,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m bench.open_tokens", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", default=list(known), help=f"among {', '.join(known)}; default all")
-    parser.add_argument("--tokens", type=int, help="counted per shape; default 128 to 2048, fewer for many codes")
+    parser.add_argument("--tokens", type=int, help="counted per shape at most; default 2048, and fewer for many codes")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     parser.add_argument("--markdown", action="store_true", help=f"print {COUNTS.name} as Markdown and count nothing")
     options = parser.parse_args(argv)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench.outcome import failure
-from fastvq.measure import synchronize
+from fastvq.measure import settle_down
 
 # Read before every timed call. It displaces any L2 cache, with lines that need no writing back, and keeps the device
 # busy for about a millisecond, in which the host queues the call: gaps between kernels are not measured.
@@ -98,7 +98,7 @@ class Clock:
 
     def _timed(self, function: Callable[[int], object], i: int) -> tuple[float, float]:
         """Seconds on the device and seconds of the host for call ``i``."""
-        synchronize(self.device)
+        settle_down(self.device)
         if self._flush is None:
             start = time.perf_counter()
             function(i)

@@ -15,6 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastvq
 
+# Seconds; libgomp was seen to spin for 16 ms.
+_SPINNING = 0.05
+
 
 class Timing(NamedTuple):
     """Seconds of repeated calls and their median."""
@@ -27,6 +30,17 @@ def synchronize(device: torch.device) -> None:
     """Wait for the work queued on ``device``; a clock read before that shows the launch only."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def settle_down(device: torch.device) -> None:
+    """Wait until nothing of an earlier call runs any more.
+
+    On a GPU the queued work. On the CPU the threads of OpenMP, which go on spinning after a parallel loop, some for
+    tens of milliseconds, and take the time from the call that is measured next.
+    """
+    synchronize(device)
+    if device.type == "cpu":
+        time.sleep(_SPINNING)
 
 
 def median_seconds(
@@ -52,7 +66,7 @@ def median_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            synchronize(device)
+            settle_down(device)
             start = time.perf_counter()
             function()
             synchronize(device)
