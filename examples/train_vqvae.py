@@ -66,7 +66,6 @@ class VQVAE(nn.Module):
             codes,
             dim,
             channel_first=True,
-            init="kmeans",
             no_random_restart=False,
             restart_threshold_relative=0.05,
             restart_resets_statistics=True,
@@ -90,7 +89,7 @@ class VQVAE(nn.Module):
 def main(
     codes: Annotated[int, typer.Option(min=1, help="Size of the codebook.")] = 512,
     dim: Annotated[int, typer.Option(min=1, help="Elements of a code.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps in all.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps in all.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Crops per step and process.")] = 16,
     crop: Annotated[int, typer.Option(min=8, max=192, help="Edge of a crop in pixels, a multiple of 4.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of all random draws.")] = 0,
@@ -210,8 +209,11 @@ def split(photos: list[Photo], crop: int) -> tuple[list[Photo], list[Photo]]:
 
 
 def to_images(tokens: Tensor, crop: int) -> Tensor:
-    """Crops as ``fastvq.photos`` draws them, ``[n, 3 crop²]``, to ``[n, 3, crop, crop]``."""
-    return tokens.view(-1, crop, crop, 3).permute(0, 3, 1, 2).contiguous()
+    """Crops as ``fastvq.photos`` draws them, ``[n, 3 crop²]``, to ``[n, 3, crop, crop]``.
+
+    A view, with channels last, which the layers keep: the codebook reads its tokens where they lie.
+    """
+    return tokens.view(-1, crop, crop, 3).permute(0, 3, 1, 2)
 
 
 def save_atomically(state: dict[str, Any], file: Path) -> None:
