@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/train_vqvae.py --out vqvae-out
 
 Ctrl-C saves; the same command continues where it stopped, on a CPU bit for bit. Needs the extra ``demo``, for
-scikit-learn's two photographs: crops of their left part train the model, their right edge is held out.
+scikit-learn's two photographs: their middle is held out, crops of the rest train the model.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class VQVAE(nn.Module):
         self.codebook = fastvq.EMACodebook(
             codes,
             dim,
+            ema_decay=0.9,  # the run is short, and the encoder moves fast
             channel_first=True,
             no_random_restart=False,
             restart_threshold_relative=0.05,
@@ -198,14 +199,16 @@ def progress_bar(console: Console) -> Progress:
 
 
 def split(photos: list[Photo], crop: int) -> tuple[list[Photo], list[Photo]]:
-    """The photographs without their last two columns of crops, and those columns; both of whole crops."""
-    parts: tuple[list[Photo], list[Photo]] = ([], [])
+    """What lies left and right of the middle two columns of crops, and those columns; all of whole crops."""
+    training, held_out = [], []
     for photo in photos:
-        height, width = (side // crop * crop for side in photo.pixels.shape[:2])
-        border = width - 2 * crop
-        for part, columns in zip(parts, (slice(border), slice(border, width)), strict=True):
-            part.append(Photo(photo.name, photo.pixels[:height, columns]))
-    return parts
+        rows, columns = (side // crop for side in photo.pixels.shape[:2])
+        middle = (columns - 2) // 2 * crop
+        pixels = photo.pixels[: rows * crop, : columns * crop]
+        left, center, right = pixels.tensor_split([middle, middle + 2 * crop], dim=1)
+        training += [Photo(photo.name, left), Photo(photo.name, right)]
+        held_out.append(Photo(photo.name, center))
+    return training, held_out
 
 
 def to_images(tokens: Tensor, crop: int) -> Tensor:
