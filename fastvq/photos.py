@@ -89,7 +89,7 @@ def from_tokens(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
 class PatchSampler:
     """Draws training patches from photographs; every photograph gets a share by its number of pixels.
 
-    ``share_on_grid`` of the patches lie on the grid of :func:`to_tokens`, the others anywhere.
+    A share of ``share_on_grid`` of the patches lies on the grid of :func:`to_tokens`, the others anywhere.
     """
 
     def __init__(
