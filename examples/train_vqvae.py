@@ -122,8 +122,7 @@ def main(
 
         training, held_out = split(load_photos([]), crop)
         sampler = PatchSampler(training, crop, target, share_on_grid=0)
-        # The codebook itself keeps its buffers equal on all ranks.
-        trained = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+        trained = DistributedDataParallel(model) if world_size > 1 else model
         console = Console(quiet=rank != 0)
         start = time.perf_counter()
         with stop_on_interrupt() as interrupted, progress_bar(console) as progress:

@@ -108,6 +108,7 @@ def test_two_processes_train_one_codebook(tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     output = run("--steps", 6, "--out", tmp_path, launcher=torchrun)
     assert output.count("PSNR of the held-out crops") == 1
+    assert "Warning" not in output
     state = load(tmp_path)
     assert state["options"]["processes"] == 2
     assert len(state["history"]) == 6
