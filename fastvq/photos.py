@@ -87,10 +87,16 @@ def from_tokens(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
 
 
 class PatchSampler:
-    """Draws training patches from photographs; every photograph gets a share by its number of pixels."""
+    """Draws training patches from photographs; every photograph gets a share by its number of pixels.
 
-    def __init__(self, photos: Sequence[Photo], patch: int, device: torch.device) -> None:
+    A share of ``share_on_grid`` of the patches lies on the grid of :func:`to_tokens`, the others anywhere.
+    """
+
+    def __init__(
+        self, photos: Sequence[Photo], patch: int, device: torch.device, share_on_grid: float = _SHARE_ON_GRID
+    ) -> None:
         self.patch = patch
+        self.share_on_grid = share_on_grid
         self.device = device
         padded = [pad_to_patches(photo.pixels, patch).to(device) for photo in photos]
         # Views: a patch at every position, [H - p + 1, W - p + 1, 3, p, p].
@@ -110,7 +116,7 @@ class PatchSampler:
             n = end - start
             top = torch.randint(windows.shape[0], (n,), generator=generator)
             left = torch.randint(windows.shape[1], (n,), generator=generator)
-            on_grid = (torch.rand(n, generator=generator) < _SHARE_ON_GRID) * self.patch
+            on_grid = (torch.rand(n, generator=generator) < self.share_on_grid) * self.patch
             top, left = (torch.where(on_grid > 0, at - at % self.patch, at).to(windows.device) for at in (top, left))
             parts.append(windows[top, left].permute(0, 2, 3, 1).reshape(n, -1))
         return to_unit(torch.cat(parts))

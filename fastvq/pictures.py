@@ -1,4 +1,4 @@
-"""Pictures of the demo, as PNG files in memory."""
+"""Pictures of the demo and of the example, as PNG files in memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _NOTE = "#6b6b6b"
 _LINE = "#2a6fbb"
 # Of 255. Above it an error is plain to see, and the colour no longer grows.
 _ERROR_SCALE = 64
+_PANELS = ("commitment loss", "codes in use", "perplexity (effective number of codes)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +69,33 @@ def reconstruction_png(rows: Sequence[Reconstruction], decoded_title: str) -> by
     return _png(figure)
 
 
-def training_png(curves: Tensor, title: str) -> bytes:
-    """Loss, usage and perplexity against the training step.
+def pairs_png(originals: Tensor, decoded: Tensor, title: str) -> bytes:
+    """Each of ``originals [n, H, W, 3]`` above its reconstruction in ``decoded [n, H, W, 3]``, uint8."""
+    n, height, width = originals.shape[:3]
+    figure = Figure(figsize=(1.8 * n, 3.6 * height / width + 0.6), dpi=128, facecolor="white", layout="constrained")
+    figure.suptitle(title, fontsize=14, color=_INK)
+    rows = figure.subplots(2, n, squeeze=False)
+    for axes_of_row, pictures, label in zip(rows, (originals, decoded), ("original", "reconstruction"), strict=True):
+        for axes, picture in zip(axes_of_row, pictures, strict=True):
+            axes.imshow(picture.numpy())
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        axes_of_row[0].set_ylabel(label, fontsize=13, color=_INK)
+    return _png(figure)
+
+
+def training_png(curves: Tensor, title: str, names: Sequence[str] = _PANELS) -> bytes:
+    """Values against the training step: by default loss, usage and perplexity.
 
     Args:
-        curves: ``[steps, 3]``, the columns in that order.
+        curves: ``[steps, panels]``.
         title: above the panels.
+        names: of the panels, one for each column of ``curves``.
     """
-    figure = Figure(figsize=(13, 4), dpi=128, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13 / 3 * len(names), 4), dpi=128, facecolor="white", layout="constrained")
     figure.suptitle(title, fontsize=14, color=_INK)
-    names = ("commitment loss", "codes in use", "perplexity (effective number of codes)")
-    for axes, name, values in zip(figure.subplots(1, 3), names, curves.t(), strict=True):
+    for axes, name, values in zip(figure.subplots(1, len(names)), names, curves.t(), strict=True):
         # Markers, so that a run of one or two steps shows too.
         marker = "o" if len(values) < 30 else None
         axes.plot(range(1, len(values) + 1), values.numpy(), color=_LINE, linewidth=1.8, marker=marker, markersize=3)
