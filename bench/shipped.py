@@ -138,7 +138,7 @@ def search_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> I
             _compile(
                 decide.decide_kernel,
                 target,
-                {"BT": 8, "CANDIDATES": CANDIDATES, "METRIC": "euclidean"},
+                {"BT": 4, "CANDIDATES": CANDIDATES, "METRIC": "euclidean"},
                 4,
                 options=unfused,
             ),

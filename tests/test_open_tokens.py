@@ -27,7 +27,8 @@ def test_the_counts_are_those_of_the_search(metric):
     _, n_open = certified_search(x[None], pack_codebook(codebook, metric, sm_90_config(16)))
     assert row["by_scan"] + row["by_two"] + row["open"] == row["tokens"] == 100
     assert row["open"] == int(n_open) > 0
-    assert 0 <= row["walked_bins"] + row["single_bins"] <= row["open"] * row["bins"]
+    assert row["open"] <= row["candidates"] <= 5 * row["open"]
+    assert row["hard"] == row["walked_bins"] == 0
 
 
 @interpreted
@@ -46,9 +47,10 @@ def test_two_close_codes_in_different_bins_are_told_apart_in_float32():
 
 
 @interpreted
-def test_with_equal_codes_every_token_is_open_and_every_bin_is_walked():
+def test_with_equal_codes_every_token_is_hard_and_every_bin_is_walked():
     row = count(torch.randn(20, 16), torch.randn(1, 16).repeat(512, 1), "euclidean", ranges=2)
-    assert (row["open"], row["bins"], row["walked_bins"], row["single_bins"]) == (20, 8, 20 * 8, 0)
+    assert (row["open"], row["hard"], row["candidates"]) == (20, 20, 0)
+    assert (row["bins"], row["walked_bins"], row["single_bins"]) == (8, 20 * 8, 0)
 
 
 def test_the_ranges_are_those_of_a_gpu_with_132_multiprocessors():

@@ -96,48 +96,22 @@ def test_offline_compilation_refuses_the_interpreter():
     assert "unset TRITON_INTERPRET" in done.stderr
 
 
-# Shapes beyond the goals, and what is modelled there at most: an open token walks through one bin, a quarter to a
-# sixteenth of the codes, and their rows are long. A percent of open tokens is enough.
-BEYOND = {
-    "k1024-d64": 0.45,
-    "1M-k4096-d128": 0.20,
-    "1M-k4096-d256": 0.40,
-    "1M-k4096-d512": 0.40,
-    "esm3": 0.20,
-    "esm3-small": 0.20,
-    "videogpt": 1.0,
-    "wavtokenizer": 0.40,
-    "simvq": 0.35,
-    "speechtokenizer": 1.10,
-}
+# Shapes beyond the goals, and what is modelled there at most: with so few tokens, one tile of open ones is a large
+# part of them.
+FEW_TOKENS = {"tats": 0.25, "rq-vae": 0.25, "ibq": 0.40, "speechtokenizer": 0.80, "mimi": 3.5}
 
 
-def test_refinement_and_settling_are_small_beside_the_scan(rows):
+def test_what_follows_the_scan_is_small_beside_it(rows):
     """Modelled, on Gaussian data: at most 15 % of the scan from 4096 codes on, 40 % from 1024 on."""
     modelled = {
         row["shape"]: row
         for row in rows
         if "share_of_scan" in row and row["data"] == "gaussian" and row["codes"] >= 1024
     }
-    assert set(BEYOND) < set(modelled)
+    assert set(FEW_TOKENS) < set(modelled)
     for name, row in modelled.items():
-        assert row["share_of_scan"] <= BEYOND.get(name, 0.15 if row["codes"] >= 4096 else 0.40), row
-        assert name not in BEYOND or row["largest_term"] == "walk", row
-
-
-def test_statistics_cost_little_more_than_reading_the_tokens(rows):
-    """Modelled, where the tokens are more than what the launches and the codebook cost."""
-    modelled = [row for row in rows if "reads_of_x" in row and row["read_modelled_us"] > 10]
-    assert len(modelled) == 5
-    for row in modelled:
-        assert row["chosen"] == "ordered", row
-        assert row["reads_of_x"] <= 1.5, row
-
-
-def test_tokens_are_added_four_columns_at_a_time_on_hopper(compiled):
-    """Scalar atomics would be four times as many instructions."""
-    found = [row for row in compiled if row["kernel"] == "accumulate_kernel" and row["target"] == "sm_90"]
-    assert {row["D"]: row["vector_atomics"] for row in found} == {3: False, 64: True}
+        assert row["share_of_scan"] <= FEW_TOKENS.get(name, 0.15 if row["codes"] >= 4096 else 0.40), row
+        assert name not in FEW_TOKENS or row["largest_term"] == "second scan", row
 
 
 def test_settling_equal_codes_is_near_a_plain_float64_scan(rows):
@@ -147,5 +121,5 @@ def test_settling_equal_codes_is_near_a_plain_float64_scan(rows):
     for dim in (256, 1024):
         assert ratios[dim] <= 1.3
     # Short rows have little float64 work to hide what a chunk of codes costs whatever its width.
-    assert ratios[64] <= 1.7
-    assert ratios[8] <= 2.5
+    assert ratios[64] <= 1.6
+    assert ratios[8] <= 2.0

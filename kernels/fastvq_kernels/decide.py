@@ -13,7 +13,7 @@ from .exact import NO_CODE, exact_value
 from .open import CANDIDATES, Open
 from .pack import PackedCodebook
 
-_TOKENS = 8  # per program and step: one pair for each thread
+_TOKENS = 4  # per program and step: one pair for each thread
 
 
 @triton.jit(do_not_specialize=["N", "K", "width"])
