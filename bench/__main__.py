@@ -72,7 +72,7 @@ def quick(device: Device = "auto", out: Out = Path("bench-out"), threads: Thread
 def rebuild(
     results: Annotated[list[Path] | None, typer.Argument(help="Files of results. [default: OUT/results.json]")] = None,
     out: Out = Path("bench-out"),
-    readme: Annotated[Path | None, typer.Option(help="Fill the marked sections of this file and end.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Fill this file: its marked sections and its pictures.")] = None,
 ) -> None:
     """Tables and pictures from stored results, without measuring anything; the README's from bench/results/."""
     with _user_errors():
@@ -82,7 +82,7 @@ def rebuild(
             raise ValueError(f"results must be files of an earlier run, got {', '.join(missing)}")
         stores = [Store(path) for path in paths]
         if readme is not None:
-            readme.write_text(report.filled(readme.read_text(encoding="utf-8"), stores), encoding="utf-8")
+            report.fill(readme, stores)
             return
     for store in stores:
         report.write(store, out, _console())

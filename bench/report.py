@@ -45,6 +45,18 @@ def write(store: Store, out: Path, console: Console, names: Sequence[str] = tupl
     console.print(f"{', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))} in {out}")
 
 
+def fill(readme: Path, stores: Sequence[Store]) -> None:
+    """Make the marked sections of a file anew, and those pictures of the benchmarks that it shows."""
+    from bench import plots
+
+    text = filled(readme.read_text(encoding="utf-8"), stores)
+    readme.write_text(text, encoding="utf-8")
+    for store in stores:
+        for file, content in plots.pictures(store).items():
+            if f"(docs/{file})" in text:
+                (readme.parent / "docs" / file).write_bytes(content)
+
+
 def filled(text: str, stores: Sequence[Store]) -> str:
     """``text`` with what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` made anew.
 

@@ -34,7 +34,7 @@ def side_by_side(title: str, head: Head, rows: Sequence[Row]) -> Grid:
             ratio = row["seconds"] / ours["seconds"] if _ran(row) and _ran(ours) else None
             cells.append(_with_wrong(row, _ratio(ratio)))
         lines.append(cells)
-    remarks = [f"{_machine(head)}; {_versions(rows)}.", _absent(rows), _verdict(rows)]
+    remarks = [f"{_machine(head)}; {_versions(rows)}.", _named(_absent(rows)), _verdict(rows)]
     headings = ["shape", "N × K × D", f"{_OURS}, ms", *others]
     return Grid(title, [remark for remark in remarks if remark], headings, lines, left=2)
 
@@ -66,8 +66,10 @@ def memory(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     """One line per operation and contender: MiB at every number of codes, and how they grow with it."""
     codes = sorted({row["codes"] for row in rows})
     lines, remarks = [], [f"{_machine(head)}."]
+    absent = _absent(rows, "extra_bytes")
     for operation in _unique(rows, "operation"):
-        for i, name in enumerate(_unique(_of(rows, operation=operation), "contender")):
+        there_are = [name for name in _unique(_of(rows, operation=operation), "contender") if name not in absent]
+        for i, name in enumerate(there_are):
             found = {row["codes"]: row for row in _of(rows, operation=operation, contender=name)}
             cells = [_mib(found[k]) if k in found else "" for k in codes]
             there = [k for k in codes if found.get(k, {}).get("extra_bytes") is not None]
@@ -84,16 +86,19 @@ def memory(title: str, head: Head, rows: Sequence[Row]) -> Grid:
             lines.append([operation if i == 0 else "", name, *cells, per_code])
     sizes = f"{rows[0]['tokens']:,} tokens, D = {rows[0]['dim']}"
     remarks.insert(1, f"{sizes}; MiB beyond tokens and codebook; a matrix is one of [tokens, codes] in float32.")
+    remarks.append(_named(absent))
     headings = ["", "contender", *(f"K = {k:,}" for k in codes), "grows with K by"]
-    return Grid(title, remarks, headings, lines, left=2)
+    return Grid(title, [remark for remark in remarks if remark], headings, lines, left=2)
 
 
 def accuracy(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     """One line per dtype and contender: percent of wrong indices at every offset."""
     offsets = sorted({row["offset"] for row in rows})
+    absent = _absent(rows, "wrong_share")
     lines = []
     for dtype in _unique(rows, "dtype"):
-        for i, name in enumerate(_unique(_of(rows, dtype=dtype), "contender")):
+        there_are = [name for name in _unique(_of(rows, dtype=dtype), "contender") if name not in absent]
+        for i, name in enumerate(there_are):
             found = {row["offset"]: row for row in _of(rows, dtype=dtype, contender=name)}
             cells = [_percent(found[k].get("wrong_share")) or found[k]["status"] if k in found else "" for k in offsets]
             lines.append([dtype if i == 0 else "", name, *cells])
@@ -103,7 +108,9 @@ def accuracy(title: str, head: Head, rows: Sequence[Row]) -> Grid:
         f"{_machine(head)}; {remark}K = {first['codes']:,}, D = {first['dim']}; offset in standard deviations.",
         "seed in half: the formula in the precision given; half product: the product in it, norms in float32;",
         "the others get half precision as float32.",
+        _named(absent),
     ]
+    remarks = [remark for remark in remarks if remark]
     return Grid(title, remarks, ["dtype", "contender", *(f"offset {k:g}" for k in offsets)], lines, left=2)
 
 
@@ -184,14 +191,17 @@ def _short(note: str) -> str:
     return note if len(note) <= 120 else f"{note[:117]}..."
 
 
-def _absent(rows: Sequence[Row]) -> str:
-    """Contenders without a single time, with what became of them."""
-    found = {
+def _absent(rows: Sequence[Row], value: str = "seconds") -> dict[str, str]:
+    """Contenders without a single value, with what became of them."""
+    return {
         name: _of(rows, contender=name)[0]["status"]
         for name in _unique(rows, "contender")
-        if not any(_ran(row) for row in _of(rows, contender=name))
+        if all(row.get(value) is None for row in _of(rows, contender=name))
     }
-    return f"Without times: {', '.join(f'{name} ({status})' for name, status in found.items())}." if found else ""
+
+
+def _named(absent: dict[str, str]) -> str:
+    return f"Not measured: {', '.join(f'{name} ({status})' for name, status in absent.items())}." if absent else ""
 
 
 def _verdict(rows: Sequence[Row]) -> str:

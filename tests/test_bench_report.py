@@ -75,6 +75,16 @@ def test_a_marked_section_is_replaced_and_filled_once(store):
         report.filled("<!-- bench:walk -->\n<!-- /bench:walk -->", [store])
 
 
+def test_a_readme_gets_its_sections_and_the_pictures_it_shows(store, tmp_path):
+    readme = tmp_path / "README.md"
+    (tmp_path / "docs").mkdir()
+    readme.write_text("<!-- bench:memory -->\n<!-- /bench:memory -->\n![memory](docs/memory.png)\n")
+    report.fill(readme, [store])
+    assert "Peak extra memory" in readme.read_text()
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["memory.png"]
+    assert (tmp_path / "docs" / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_tables_pictures_and_csv_are_written_for_every_benchmark(store, tmp_path):
     out = tmp_path / "new"
     console = Console(record=True, width=160)
@@ -88,7 +98,7 @@ def test_tables_pictures_and_csv_are_written_for_every_benchmark(store, tmp_path
         assert heading in said
     assert "2.00 (25 % wrong)" not in tables  # the second is right, the third is three times slower
     assert "3.00 (25 % wrong)" in tables
-    assert "Without times: broken (failed)." in tables
+    assert "Not measured: broken (failed)." in tables
     assert "K^1.00" in tables
     assert "fastvq, search: 0.0 times" not in tables
     with (out / "results.csv").open() as file:
