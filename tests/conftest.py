@@ -1,6 +1,7 @@
 """Devices and backends the tests run on."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ if not torch.cuda.is_available():
 # Test processes share the cores; threads of several would wait for each other at every operation.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and with them what they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
