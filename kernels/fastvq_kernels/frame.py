@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
-from .tokens import exp2_exact, power_of_two
+from .powers import exp2_exact, power_of_two
 
 # Codes are measured by at most this many programs per chunk of columns; the last kernel reads what each of them found.
 _PARTS = 128

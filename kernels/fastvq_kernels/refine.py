@@ -9,8 +9,9 @@ from . import bounds
 from .configs import TOKEN_TILE, column_chunk
 from .open import CANDIDATES, Open, no_open, store_open
 from .pack import PackedCodebook, load_code
+from .powers import ratio
 from .scan import Bins
-from .tokens import PackedTokens, load_shifted, ratio
+from .tokens import PackedTokens, load_shifted
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import TOKEN_TILE
 from .pack import PackedCodebook
-from .tokens import PackedTokens, ratio
+from .powers import ratio
+from .tokens import PackedTokens
 
 
 @triton.jit

@@ -10,9 +10,10 @@ from .configs import TOKEN_TILE, all_registers, column_chunk
 from .decide import Hard
 from .exact import NO_CODE, exact_value
 from .pack import PackedCodebook
+from .powers import ratio
 from .refine import below, code_bounds
 from .scan import Bins, code_at
-from .tokens import PackedTokens, ratio
+from .tokens import PackedTokens
 
 # The first LEAD of these tokens are shared out in SHARES parts each: few of them would otherwise be settled by as
 # many programs on an idle device.
