@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import triton
-
 from bench.offline import Compiled, compile_offline
 from bench.plain_kernels import max_with_index
 from fastvq_kernels import accumulate, bounds, decide, ema, frame, norms, ordered, pack, refine, settle, tokens
@@ -117,9 +115,9 @@ def search_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> I
         float32 = {"WIDE_X": False, "WIDE_E": False, "CERTIFIED": True}
         errors = {"E": bounds.refinement(dim, 32), "UNIT_ERROR": 0.0, "ORACLE": 2 * bounds.ORACLE, "UP": bounds.UP}
         given = {"WIDE": False, "UNIT": False}
-        columns = {"D": dim, "BK": 64, "BD": min(max(8, triton.next_power_of_2(dim)), 64), **given}
+        columns = {"D": dim, "BK": 64, "BD": column_chunk(dim, 64), **given}
         yield dim, _compile(frame.measure_columns_kernel, target, columns, 4)
-        parts = {"D": dim, "ROOT_D": dim**0.5, "PARTS": 128, "BD": 32}
+        parts = {"D": dim, "ROOT_D": dim**0.5, "PARTS": frame.MOST_PARTS, "BD": 32}
         yield dim, _compile(frame.frame_kernel, target, parts, 4)
         balances = {"LAMBDA": bounds.balance(split), "LAMBDA_FINE": bounds.balance(True)}
         codes = {"BK": 64, "UNIT": False, "EUCLIDEAN": True, "ORACLE": bounds.ORACLE, "UNIT_ERROR": 0.0, **balances}

@@ -50,9 +50,9 @@ def packed_width(d: int) -> int:
     return padded_width(3 * d if d <= SPLIT_D else d)
 
 
-def column_chunk(d: int) -> int:
-    """Columns that are evaluated at a time in fp32."""
-    return min(max(8, triton.next_power_of_2(d)), 32)
+def column_chunk(d: int, most: int = 32) -> int:
+    """Columns that are evaluated, or measured, at a time in fp32."""
+    return min(max(8, triton.next_power_of_2(d)), most)
 
 
 def current_target() -> str:
@@ -114,56 +114,34 @@ def rescan_config(target: str | None = None) -> RescanConfig:
 
 
 @dataclass(frozen=True)
-class AccumulateConfig:
-    """Tile sizes of the scatter-add."""
+class TileConfig:
+    """Tile sizes of a kernel whose rows, of tokens or codes, are split over their dimensions."""
 
-    tile: int = 2048  # elements per program: with few tokens of few dimensions, programs are scarce
-    block_d: int = 128  # dimensions per program at most
+    tile: int  # elements per program
+    block_d: int = 128  # dimensions at most
     num_warps: int = 4
 
     def blocks(self, dim: int) -> tuple[int, int]:
-        """Tokens and dimensions per program."""
+        """Rows and dimensions."""
         block_d = min(self.block_d, triton.next_power_of_2(dim))
         return self.tile // block_d, block_d
 
 
 @dataclass(frozen=True)
-class OrderedConfig:
-    """Tile sizes of the sums in a fixed order."""
+class OrderedConfig(TileConfig):
+    """Tile sizes of the sums in a fixed order: of runs of rows, and elements for each of the four chains."""
 
     log_run: int = 6  # part of the order: 64 rows are short enough to wait for, and their sums few beside the tokens
-    tile: int = 512  # elements per program, for each of the four chains
-    block_d: int = 128  # dimensions per program at most
-    num_warps: int = 4
 
     @property
     def run(self) -> int:
         """Rows that one program adds one after another."""
         return 1 << self.log_run
 
-    def blocks(self, dim: int) -> tuple[int, int]:
-        """Runs and dimensions per program."""
-        block_d = min(self.block_d, triton.next_power_of_2(dim))
-        return self.tile // block_d, block_d
 
-
-@dataclass(frozen=True)
-class EMAConfig:
-    """Tile sizes of the moving averages."""
-
-    tile: int = 1024  # elements at a time per program, which takes all dimensions of its codes
-    block_d: int = 128  # dimensions at a time at most
-    num_warps: int = 4
-
-    def blocks(self, dim: int) -> tuple[int, int]:
-        """Codes and dimensions at a time."""
-        block_d = min(self.block_d, triton.next_power_of_2(dim))
-        return self.tile // block_d, block_d
-
-
-ACCUMULATE = AccumulateConfig()
-ORDERED = OrderedConfig()
-EMA = EMAConfig()
+ACCUMULATE = TileConfig(2048)  # with few tokens of few dimensions, programs are scarce
+ORDERED = OrderedConfig(512)
+EMA = TileConfig(1024)  # elements at a time: a program takes all dimensions of its codes
 
 # Seconds from one atomic addition to a row to the next, on Hopper.
 HOT_ADD_SECONDS = 4.7e-9

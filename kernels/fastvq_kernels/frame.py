@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
+from .configs import column_chunk
 from .powers import exp2_exact, power_of_two
 
 # Codes are measured by at most this many programs per chunk of columns; the last kernel reads what each of them found.
-_PARTS = 128
+MOST_PARTS = 128
 
 
 @triton.jit
@@ -92,8 +93,8 @@ def frame_kernel(
 def frame(codes: Tensor, inverse: Tensor, unit: bool) -> tuple[Tensor, Tensor, Tensor]:
     """m [H, D], 2^b [H] and a bound of 2^b |m| [H], fp32, of dense codes [H, K, D] and, for unit codes, g_k [H, K]."""
     H, K, D = codes.shape
-    block_k, block_d = 64, min(max(8, triton.next_power_of_2(D)), 64)
-    parts = min(triton.cdiv(K, block_k), _PARTS)
+    block_k, block_d = 64, column_chunk(D, 64)
+    parts = min(triton.cdiv(K, block_k), MOST_PARTS)
     measured = torch.empty(H, parts, 4, D, dtype=torch.float32, device=codes.device)
     shift = torch.empty(H, D, dtype=torch.float32, device=codes.device)
     scale, offset = (torch.empty(H, dtype=torch.float32, device=codes.device) for _ in range(2))
@@ -102,6 +103,6 @@ def frame(codes: Tensor, inverse: Tensor, unit: bool) -> tuple[Tensor, Tensor, T
         D=D, BK=block_k, BD=block_d, WIDE=codes.dtype == torch.float64, UNIT=unit,
     )  # fmt: skip
     frame_kernel[(H,)](
-        measured, shift, scale, offset, parts, D=D, ROOT_D=math.sqrt(D) * bounds.UP, PARTS=_PARTS, BD=32
+        measured, shift, scale, offset, parts, D=D, ROOT_D=math.sqrt(D) * bounds.UP, PARTS=MOST_PARTS, BD=32
     )  # fmt: skip
     return shift, scale, offset
