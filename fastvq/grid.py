@@ -13,6 +13,8 @@ from fastvq.threads import team_size
 
 # Scores of larger tokens might leave float32's range.
 LARGEST_NORM = 2.0**60
+# float32 counts no further.
+LARGEST_COUNT = 1 << 24
 # A product of 512 x 512 float32 values (1 MiB) stays in the level-2 cache of one core (2 MiB: half the speed).
 _PRODUCT_VALUES = 1 << 18
 _TOKENS_PER_PRODUCT = 512
@@ -61,8 +63,8 @@ def search_block(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor, Ten
     to_lower = torch.stack([-2 * c * a, torch.full_like(a, -2 * c)])  # [2, n], multiplies (b, h)
     lower = torch.addmm(row_maxima, packed.norms, to_lower).amax(0) - slack
     row_reaches, column_reaches = row_maxima.ge_(lower), column_maxima.ge_(lower)
-    n_rows, row = _count(row_reaches)
-    n_columns, column = _count(column_reaches)
+    n_rows, row = count(row_reaches)
+    n_columns, column = count(column_reaches)
     n_crossings = n_rows * n_columns
     indices = torch.where(n_crossings == 1, row * len(column_reaches) + column, -1)
     most = min(_MAX_CROSSINGS, len(row_reaches) * len(column_reaches) // _CODES_PER_CROSSING)
@@ -75,10 +77,11 @@ def search_block(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor, Ten
     return indices, owners, candidates
 
 
-def _count(reaches: Tensor) -> tuple[Tensor, Tensor]:
+def count(reaches: Tensor) -> tuple[Tensor, Tensor]:
     """For a matrix of zeros and ones: ones per column, and the number of the row with the one where there is one.
 
-    In float32, since comparing into bool and finding what is true take many times longer than a product.
+    In float32, since comparing into bool and finding what is true take many times longer than a product. Up to
+    LARGEST_COUNT rows.
     """
     numbers = torch.arange(len(reaches), dtype=torch.float32, device=reaches.device)
     counts, sums = torch.stack([torch.ones_like(numbers), numbers]) @ reaches

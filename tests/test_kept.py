@@ -11,6 +11,11 @@ import fastvq
 from fastvq import cpu, kept, reference
 
 
+@pytest.fixture(autouse=True)
+def small_problems_pack_as_large_ones_do(monkeypatch):
+    monkeypatch.setattr(cpu, "_FEW_SCORES", 0)
+
+
 @pytest.fixture(params=["torch", "triton"])
 def evaluated(request, kernel_device):
     """A module in evaluation that has kept its codebook, and a check of its indices on fresh tokens."""
@@ -105,10 +110,15 @@ def test_codebook_is_kept_while_nothing_is_learned(monkeypatch):
     assert len(packings) == 6
 
 
-def test_few_tokens_are_searched_without_keeping_anything():
+def test_small_problems_are_searched_without_keeping_anything(monkeypatch):
     module = fastvq.EMACodebook(70, 5).eval()
     module(torch.randn(16, 5))
     assert module._kept._last is None
+    monkeypatch.setattr(cpu, "_FEW_SCORES", 70 * 40)
+    module(torch.randn(40, 5))
+    assert module._kept._last is None
+    module(torch.randn(41, 5))
+    assert module._kept._last is not None
 
 
 def test_threads_share_a_kept_codebook():

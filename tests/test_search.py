@@ -10,6 +10,14 @@ import fastvq
 from fastvq import cpu, grid, reference, settle
 
 
+@pytest.fixture(autouse=True, scope="module", params=[cpu._FEW_SCORES, 0], ids=["small unpacked", "all packed"])
+def few_scores(request):
+    """Small problems are searched without packing, and in the other half of the tests as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_FEW_SCORES", request.param)
+        yield
+
+
 def brute_force(x, codebook, metric):
     """The definition in Python floats, one pair at a time."""
     indices = []
@@ -73,9 +81,11 @@ def test_indices_equal_float64_whatever_the_data(problem):
 def test_indices_equal_float64_with_and_without_packing(problem):
     x, codebook, metric = problem
     expected = reference.nearest_code(x, codebook, metric)
-    for few in (0, len(x)):
+    for tokens, pairs in ((0, 0), (len(x), 20), (len(x), 10**6)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu, "_FEW_TOKENS", few)
+            patch.setattr(cpu, "_FEW_TOKENS", tokens)
+            patch.setattr(cpu, "_FEW_SCORES", 0)
+            patch.setattr(cpu, "_FEW_PAIRS", pairs)
             assert torch.equal(cpu.nearest_code(x, codebook, metric), expected)
 
 
@@ -86,6 +96,8 @@ def test_tokens_that_are_not_finite_get_minus_one_and_codes_never_win(n, metric)
     x[::3, 4] = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.arange(len(x[::3])) % 3]
     assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
     codebook[::7, 2], codebook[1::50, 3] = torch.nan, torch.inf
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    x = torch.randn(n, 9)
     assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
 
 
