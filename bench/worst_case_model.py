@@ -16,7 +16,7 @@ import triton.language as tl
 
 from bench.issue_model import ALU_PIPE, H100
 from bench.offline import Compiled, compile_offline
-from bench.sass_flow import read_flow
+from bench.sass_flow import Flow, read_flow
 from fastvq_kernels.settle import BLOCK_K, exact_best
 
 # Lanes per SM and clock, CUDA C++ Programming Guide (9.0): float64 64, conversions from and to 64-bit types 16;
@@ -46,7 +46,7 @@ def exact_scan_kernel(
     code = tl.full([], -1, tl.int64)
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK).to(tl.int64)
-        best, code = exact_best(tokens + i * D, codes, norms, half_sq, o_k, o_k < K, best, code, D, "euclidean")
+        best, code, _ = exact_best(tokens + i * D, codes, norms, half_sq, o_k, o_k < K, best, code, D, "euclidean")
     tl.store(indices + i, code)
 
 
@@ -67,27 +67,25 @@ def exact_scan(dim: int) -> Compiled:
 def chunk_clocks(compiled: Compiled, dim: int) -> tuple[float, float]:
     """Clocks per thread and SM that one chunk of codes costs: pipes overlapped, and phase after phase.
 
-    A chunk is one pass of the smallest loop around other loops. Loops over columns in it are told apart by their
-    instructions: in float64 a pass takes as many columns as it has products, in float32 it takes 32.
+    A chunk is one pass of the smallest loop around other loops, by the shortest way that evaluates it in float64: that
+    of equal codes, which are not asked for bounds. The loop over columns, told by its products, has one for each column
+    of a pass.
     """
     flow = read_flow(compiled.assembly, compiled.name)
     loops = flow.loops()
     around = [head for head in loops if any(body < loops[head] for body in loops.values())]
-    chunk = loops[min(around, key=lambda head: len(loops[head]))]
-    phases: list[Counter[str]] = []
-    rest = set(chunk)
-    for body in loops.values():
-        if body < chunk:
-            counts = Counter(flow.opcodes[at].split(".")[0] for at in body)
-            if counts["DMUL"] == 1:
-                passes = 0  # what is left over of columns that are no multiple of four
-            else:
-                passes = dim // (counts["DMUL"] or 32)
-            phases.append(Counter({op: passes * n for op, n in counts.items()}))
-            rest -= body
-    phases.append(Counter(flow.opcodes[at].split(".")[0] for at in rest))
-    total = sum(phases, Counter())
-    return _clocks(total), sum(_clocks(phase) for phase in phases)
+    chunk = min(around, key=lambda head: len(loops[head]))
+    columns = {head: _count(flow, body)["DMUL"] for head, body in loops.items() if body < loops[chunk]}
+    widest = max(columns, key=lambda head: columns[head])  # others take what is left of columns
+    path = set(flow.shortest_pass(chunk, {widest}))
+    passes = dim // columns[widest]
+    exact = Counter({opcode: passes * n for opcode, n in _count(flow, loops[widest]).items()})
+    rest = _count(flow, path - loops[widest])
+    return _clocks(exact + rest), _clocks(exact) + _clocks(rest)
+
+
+def _count(flow: Flow, instructions: set[int]) -> Counter[str]:
+    return Counter(flow.opcodes[at].split(".")[0] for at in instructions)
 
 
 def _clocks(counts: Counter[str]) -> float:

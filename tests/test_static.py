@@ -115,11 +115,7 @@ def test_what_follows_the_scan_is_small_beside_it(rows):
 
 
 def test_settling_equal_codes_is_near_a_plain_float64_scan(rows):
-    """Every token open and every bin walked, modelled: the float32 bounds add a third at most for long rows."""
+    """Every token open and every bin walked, modelled: codes that repeat the best value are not asked for bounds."""
     ratios = {row["D"]: row["ratio_overlapped"] for row in rows if row["kernel"] == "settle worst-case model"}
     assert set(ratios) == {8, 64, 256, 1024}
-    for dim in (256, 1024):
-        assert ratios[dim] <= 1.3
-    # Short rows have little float64 work to hide what a chunk of codes costs whatever its width.
-    assert ratios[64] <= 1.6
-    assert ratios[8] <= 2.0
+    assert all(ratio <= 1.3 for ratio in ratios.values())

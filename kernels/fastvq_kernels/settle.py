@@ -28,14 +28,17 @@ def exact_best(
     p_x, codes, norms, half_sq, o_k, m_k, best, code, D,
     METRIC: tl.constexpr,
 ):  # fmt: skip
-    """Update (best, code) with the float64 values of codes o_k of one token, the lowest code on ties."""
+    """Update (best, code) with the float64 values of codes o_k of one token, the lowest code on ties.
+
+    Returns the smallest of the values as well.
+    """
     b_finite = m_k & (tl.load(half_sq + o_k, mask=m_k, other=float("inf")) < float("inf"))
     b_value = exact_value(p_x, codes + o_k * D, norms + o_k, m_k, D, METRIC)
     b_value = tl.where(b_finite, b_value, float("inf"))
     low = tl.min(b_value, axis=0)
     at = tl.min(tl.where(b_finite & (b_value == low), o_k, NO_CODE), axis=0)
     better = (at < NO_CODE) & ((low < best) | (code < 0) | ((low == best) & (at < code)))
-    return tl.where(better, low, best), tl.where(better, at, code)
+    return tl.where(better, low, best), tl.where(better, at, code), low
 
 
 @triton.jit(do_not_specialize=["N", "K", "S", "steps", "all_steps"])
@@ -54,7 +57,8 @@ def settle_kernel(
     The count is read here, on the device. A bin whose codes but one are below the line has that one evaluated in
     float64. Where more reach it the bin is walked through, and BK codes are evaluated in float64 only if the fp32 bound
     of one of them reaches the best lower bound so far, first the one the refinement left; a token or code outside the
-    range of fp32 has an infinite bound and always is.
+    range of fp32 has an infinite bound and always is. After codes that hold the best value, which equal codes repeat,
+    the next are not asked for bounds.
     """
     SHIFT: tl.constexpr = METRIC == "euclidean"
     UNIT: tl.constexpr = METRIC == "cosine"
@@ -92,7 +96,7 @@ def settle_kernel(
             b_one = (~(tl.load(best_bounds + o_bin) < cut)) & (~b_walk)
             b_k = tl.load(winners_of_bins + o_bin).to(tl.int64)
             if tl.max(b_one.to(tl.int32), axis=0) > 0:
-                best, code = exact_best(
+                best, code, _ = exact_best(
                     p_x, codes + i_h * K * D, norms + i_h * K, half_sq + i_h * K, b_k, b_one & (b_k < K),
                     best, code, width, METRIC,
                 )  # fmt: skip
@@ -101,25 +105,33 @@ def settle_kernel(
                 b_rank = tl.where(b_walk, tl.cumsum(b_walk.to(tl.int32), axis=0) - 1, LANES)
                 members = (tl.minimum(steps, all_steps - s * steps) * MEMBERS * n_walk).to(tl.int32)
                 chunks = tl.cdiv(members, BK)
+                evaluate = tl.full([], 0 if CERTIFIED else 1, tl.int32)
                 # The chunks of all ranges are dealt out to the shares in turn.
                 for chunk in range((work + s * (SHARES - 1) * chunks) % stride, chunks, stride):
                     o_m = chunk * BK + tl.arange(0, BK)
-                    o_n = o_m // n_walk
-                    b_lane = tl.sum(tl.where(b_rank[None, :] == (o_m % n_walk)[:, None], o_lane[None, :], 0), axis=1)
+                    o_n = o_m // LANES
+                    b_lane = o_m % LANES
+                    if n_walk < LANES:
+                        o_n = o_m // n_walk
+                        here = b_rank[None, :] == (o_m % n_walk)[:, None]
+                        b_lane = tl.sum(tl.where(here, o_lane[None, :], 0), axis=1)
                     o_k = code_at(s * steps + o_n // MEMBERS, o_n % MEMBERS, b_lane, BN, LANES).to(tl.int64)
                     o_k = tl.where(o_m < members, o_k, K)  # [BK]
-                    b_low, b_high = code_bounds(
-                        tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_t, o_k[None, :],
-                        b_scale, b_code_scale, b_c, b_X, N, K,
-                        D, 1, BK, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
-                    )  # fmt: skip
-                    high = tl.max(tl.max(b_high, axis=1), axis=0)
-                    if (~(high + tl.abs(high) * (UP - 1.0) + eta < line)) | (not CERTIFIED):
-                        best, code = exact_best(
+                    if evaluate == 0:
+                        b_low, b_high = code_bounds(
+                            tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_t, o_k[None, :],
+                            b_scale, b_code_scale, b_c, b_X, N, K,
+                            D, 1, BK, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
+                        )  # fmt: skip
+                        high = tl.max(tl.max(b_high, axis=1), axis=0)
+                        evaluate = (~(high + tl.abs(high) * (UP - 1.0) + eta < line)).to(tl.int32)
+                        line = tl.maximum(line, tl.max(tl.max(b_low, axis=1), axis=0))
+                    if evaluate > 0:
+                        best, code, low = exact_best(
                             p_x, codes + i_h * K * D, norms + i_h * K, half_sq + i_h * K, o_k, o_k < K,
                             best, code, width, METRIC,
                         )  # fmt: skip
-                    line = tl.maximum(line, tl.max(tl.max(b_low, axis=1), axis=0))
+                        evaluate = ((low == best) | (not CERTIFIED)).to(tl.int32)
         tl.store(values + work, best, mask=shared)
         tl.store(winners + work, code, mask=shared)
         tl.store(indices + token, code, mask=work >= n_lead * SHARES)
