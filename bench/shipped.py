@@ -102,8 +102,12 @@ def rescan(target: str, dim: int) -> tuple[Compiled, RescanConfig]:
     return compiled, config
 
 
-def search_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> Iterator[tuple[int, Compiled]]:
+def search_kernels(
+    target: str, dims: tuple[int, ...] = (8, 64, 256, 1024), metric: str = "euclidean"
+) -> Iterator[tuple[int, Compiled]]:
     """The search but for the two scans, for tokens and codes in float32."""
+    unit, euclidean = metric == "cosine", metric == "euclidean"
+    unit_error = bounds.UNIT if unit else 0.0
     unfused = {"enable_fp_fusion": False}
     for dim in dims:
         split = dim <= SPLIT_D
@@ -113,21 +117,27 @@ def search_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> I
         packing = {"D": dim, "DP": width, "BD": min(width, 32), "SPLIT": split, "WIDE": False}
         measured = {"INFLATE": bounds.norm_inflation(dim), "TINY": bounds.TINY, "UP": bounds.UP}
         float32 = {"WIDE_X": False, "WIDE_E": False, "CERTIFIED": True}
-        errors = {"E": bounds.refinement(dim, 32), "UNIT_ERROR": 0.0, "ORACLE": 2 * bounds.ORACLE, "UP": bounds.UP}
-        given = {"WIDE": False, "UNIT": False}
+        errors = {
+            "E": bounds.refinement(dim, 32),
+            "UNIT_ERROR": unit_error,
+            "ORACLE": 2 * bounds.ORACLE,
+            "UP": bounds.UP,
+        }
+        given = {"WIDE": False, "UNIT": unit}
         columns = {"D": dim, "BK": 64, "BD": column_chunk(dim, 64), **given}
         yield dim, _compile(frame.measure_columns_kernel, target, columns, 4)
         parts = {"D": dim, "ROOT_D": dim**0.5, "PARTS": frame.MOST_PARTS, "BD": 32}
         yield dim, _compile(frame.frame_kernel, target, parts, 4)
         balances = {"LAMBDA": bounds.balance(split), "LAMBDA_FINE": bounds.balance(True)}
-        codes = {"BK": 64, "UNIT": False, "EUCLIDEAN": True, "ORACLE": bounds.ORACLE, "UNIT_ERROR": 0.0, **balances}
+        slacks = {"ORACLE": bounds.ORACLE, "UNIT_ERROR": unit_error, **balances}
+        codes = {"BK": 64, "UNIT": unit, "EUCLIDEAN": euclidean, **slacks}
         yield dim, _compile(pack.pack_codes_kernel, target, {**codes, **packing, **measured}, 4)
         scale = {"A": bounds.accumulation(width), "LAMBDA": bounds.balance(split)}
-        rows = {"BT": TOKEN_TILE, "SHIFT": True, **packing, **measured, **scale}
+        rows = {"BT": TOKEN_TILE, "SHIFT": euclidean, **packing, **measured, **scale}
         yield dim, _compile(tokens.pack_tokens_kernel, target, rows, 8)
         layout = {"LANES": config.lanes, "TILE": TOKEN_TILE}
         slack = {"SLACK": 2 + bounds.accumulation(width), "BIAS_ERROR": 4 * bounds.bias_error(dim, width)}
-        two = {"BT": 64, "SHIFT": True, "UNIT": False, **layout, **slack}
+        two = {"BT": 64, "SHIFT": euclidean, "UNIT": unit, **layout, **slack}
         fine = {"A_FINE": bounds.fine_accumulation(width), "LAMBDA_FINE": bounds.balance(True)}
         left = {"DP": width, "CANDIDATES": CANDIDATES, "SPLIT": split, **fine, **measured}
         yield dim, _compile(refine.refine_kernel, target, {**chunk, **two, **left, **float32, **errors}, 4)
@@ -136,12 +146,12 @@ def search_kernels(target: str, dims: tuple[int, ...] = (8, 64, 256, 1024)) -> I
             _compile(
                 decide.decide_kernel,
                 target,
-                {"BT": 4, "CANDIDATES": CANDIDATES, "METRIC": "euclidean"},
+                {"BT": 4, "CANDIDATES": CANDIDATES, "METRIC": metric},
                 4,
                 options=unfused,
             ),
         )
-        shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES, "METRIC": "euclidean", "BN": config.block_n}
+        shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES, "METRIC": metric, "BN": config.block_n}
         constexprs = {"BK": settle.BLOCK_K, **chunk, **shares, **layout, **float32, **errors}
         options = unfused if target == "gfx942" else unfused | ALL_REGISTERS
         yield dim, _compile(settle.settle_kernel, target, constexprs, 4, types={"values": "*fp64"}, options=options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -33,6 +34,7 @@ SCANS = {16: 4, 32: 8, 64: 64, 128: 128, 192: 192, 256: 256, 512: 512, 1024: 102
 # Dimensions for each width and number of products of the second scan.
 RESCANS = (4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)
 TOKENS, CODES = 65536, 16384
+FLOAT32_FMA = re.compile(r"\bFFMA|\bv_(?:pk_)?fmac?_f32")
 
 
 def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any]]:
@@ -65,6 +67,8 @@ def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any
             if target == "sm_90" and compiled.name == "settle_kernel":
                 settles[dim] = compiled
             yield _resources(compiled, dim)
+        for dim, compiled in search_kernels(target, (8,), "cosine"):
+            yield {**_resources(compiled, dim), "metric": "cosine"}
     if scan_costs:
         yield from traffic_rows(scan_costs, rescan_costs)
         yield from statistics_rows()
@@ -83,6 +87,7 @@ def _resources(kernel: Compiled, width: int) -> dict[str, Any]:
         "shared_limit_bytes": kernel.shared_limit_bytes,
         "matrix_instructions": dict(kernel.matrix_instructions),
         "vector_atomics": "ADD.F32x4" in kernel.assembly,
+        "float32_fma": len(FLOAT32_FMA.findall(kernel.assembly)),
     }
 
 

@@ -15,6 +15,7 @@ from fastvq.precision import full_precision
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 METRICS = ("euclidean", "cosine", "dot")
+_AMD_CHIPS = ("gfx942", "gfx950")
 # Asked once: looking through the import path takes half a millisecond. No functools.cache: torch.compile warns of it.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -55,7 +56,18 @@ def _obstacle_to_triton(device: torch.device) -> str | None:
         return "tensors are on the CPU; set TRITON_INTERPRET=1 before Python starts to run the kernels interpreted"
     if device.type not in ("cpu", "cuda"):
         return f"Triton kernels run on CUDA and ROCm devices, tensors are on {device.type}"
+    if device.type == "cuda":
+        return _obstacle_of_chip(device)
     return None
+
+
+def _obstacle_of_chip(device: torch.device) -> str | None:
+    """Older chips lack the shared memory, or flush the subnormal half-precision numbers that the error bounds count."""
+    if torch.version.hip:
+        chip = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return None if chip in _AMD_CHIPS else f"the kernels are made for {' and '.join(_AMD_CHIPS)}, this is {chip}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the kernels need compute capability 8.0, {device} has {major}.{minor}"
 
 
 def interpreting() -> bool:
@@ -75,12 +87,13 @@ def search(x: Tensor, codebook: Tensor, metric: str, backend: str, kept: KeptCod
     ``kept`` remembers the packed codebook of one head.
     """
     name = choose_backend(x.device, backend)[0]
-    with torch.no_grad(), full_precision(x.device), on_device_of(x):
-        if name == "triton":
-            from fastvq_kernels import search as kernels
-            from fastvq_kernels.pack import pack_codebook
+    if name == "triton":
+        from fastvq_kernels import search as kernels
+        from fastvq_kernels.pack import pack_codebook
 
+        with torch.no_grad(), on_device_of(x):
             return kernels.nearest_code(x, codebook, metric, kept.keeping(pack_codebook) if kept else pack_codebook)
+    with torch.no_grad(), full_precision(x.device):
         if name == "torch" and kept:
             return cpu.nearest_code(x, codebook, metric, kept.keeping(cpu.prepare))
         nearest_code = cpu.nearest_code if name == "torch" else reference.nearest_code

@@ -33,8 +33,8 @@ class KeptCodebook:
     On the CPU, the values decide: they are compared with a copy, a fraction of what packing costs, and what was packed
     is that copy, so that no way of writing to the codes leads to an answer for the old ones. On a GPU a comparison
     would wait for the device. There the caller has to promise that PyTorch's version counter sees every write; it does
-    not see those through ``.data``, NumPy, DLPack, the storage or ``torch.distributed.broadcast``. While a CUDA graph
-    is captured nothing is kept or used, so that its replays pack the codes of their time.
+    not see those through ``.data``, NumPy, DLPack, the storage, ``torch.distributed.broadcast`` or the replay of a CUDA
+    graph. While a graph is captured nothing is kept or used, so that its replays pack the codes of their time.
 
     Safe to share between threads: an entry is never changed, only replaced. Copies and pickles are empty.
     """

@@ -27,8 +27,8 @@ class CodebookState(nn.Module):
     While nothing is learned (``eval()`` or ``freeze_codebook``), eager calls on the CPU keep what the search prepares
     of the codebook until a value of ``embeddings`` changes, however it is changed. On a GPU, where comparing values
     would wait for the device, it is kept with ``freeze_codebook = True`` only, until PyTorch counts a write to
-    ``embeddings``; after one that it does not count (``.data``, ``torch.distributed.broadcast``) call
-    :meth:`reset_cache`.
+    ``embeddings``; after one that it does not count (``.data``, ``torch.distributed.broadcast``, the replay of a CUDA
+    graph that trains) call :meth:`reset_cache`.
     """
 
     embeddings: Tensor

@@ -153,19 +153,34 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+PRECISIONS = (torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+
+
+@pytest.fixture(params=["function", "products on the CPU", "products on CUDA", "everything"])
+def reduced_precision(request):
+    """Float32 products may be computed in TF32 or bfloat16, by each of the ways to say so."""
+    places = {
+        "products on the CPU": torch.backends.mkldnn.matmul,
+        "products on CUDA": torch.backends.cuda.matmul,
+        "everything": torch.backends,
+    }
+    if request.param == "function":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        places[request.param].fp32_precision = "bf16" if request.param == "products on the CPU" else "tf32"
+    yield
+    for place in PRECISIONS:
+        place.fp32_precision = "none"
+
+
 @pytest.mark.parametrize("autocast", [False, True])
-def test_reduced_precision_settings_of_the_caller_change_nothing(precision, autocast):
-    x, codebook = torch.randn(600, 64) + 3, torch.randn(800, 64) + 3
-    expected = reference.nearest_code(x, codebook)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            assert torch.equal(fastvq.nearest_code(x, codebook), expected)
-        assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_reduced_precision_settings_of_the_caller_change_nothing(reduced_precision, autocast):
+    x, codebook = torch.randn(2000, 64) + 3, torch.randn(800, 64) + 3
+    expected, before = reference.nearest_code(x, codebook), [place.fp32_precision for place in PRECISIONS]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert torch.equal(fastvq.nearest_code(x, codebook), expected)
+        assert torch.equal(fastvq.nearest_code(x[:10], codebook), expected[:10])
+    assert [place.fp32_precision for place in PRECISIONS] == before
 
 
 def test_expanded_formula_errs_where_the_search_does_not():

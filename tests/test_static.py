@@ -56,6 +56,13 @@ def test_every_kernel_is_compiled(compiled, target):
     assert {row["kernel"] for row in compiled if row["target"] == target} >= KERNELS
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_finite_unit_codes_are_not_told_by_a_contracted_difference(compiled, target):
+    """Of ``g e - g e == 0`` the compiler makes ``fma(g, e, -(g e)) == 0``, which holds where no rounding happens."""
+    measuring = [row for row in compiled if row["kernel"] == "measure_columns_kernel" and row["target"] == target]
+    assert [row["float32_fma"] for row in measuring if row.get("metric") == "cosine"] == [0]
+
+
 def test_no_kernel_spills_registers(compiled):
     assert [row for row in compiled if row["spill_bytes"]] == []
 

@@ -57,7 +57,7 @@ def column_chunk(d: int, most: int = 32) -> int:
 
 def current_target() -> str:
     """The entry for this machine; the interpreter and unknown devices use that of sm_80."""
-    if not torch.cuda.is_available():
+    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
         return "sm_80"
     if torch.version.hip:
         return "gfx942"

@@ -45,7 +45,8 @@ def measure_columns_kernel(
         m_e = m_k[:, None] & m_d[None, :]
         b_e = unit_or_given(codes + (i_h * K + o_k)[:, None] * D + o_d[None, :], b_inv, m_e, WIDE, UNIT)
         b_e = b_e.to(tl.float32)  # [BK, BD]
-        finite = m_e & (b_e - b_e == 0.0)
+        # Not b_e - b_e == 0, of which the compiler would make the rounding error of the product e g.
+        finite = m_e & (tl.abs(b_e) < float("inf"))
         b_sum += tl.sum(tl.where(finite, b_e, 0.0), axis=0)
         b_number += tl.sum(finite.to(tl.float32), axis=0)
         b_low = tl.minimum(b_low, tl.min(tl.where(finite, b_e, float("inf")), axis=0))
@@ -66,7 +67,7 @@ def frame_kernel(
     """One program turns what was measured of one head into m [D], 2^b and an upper bound of 2^b |m|."""
     i_h = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, PARTS)
-    largest = tl.zeros([], tl.float32)
+    b_largest = tl.zeros([BD], tl.float32)
     b_far = tl.zeros([BD], tl.float32)
     for d in range(0, D, BD):
         o_d = d + tl.arange(0, BD)
@@ -82,10 +83,10 @@ def frame_kernel(
         b_m = tl.where(tl.abs(b_m) < float("inf"), b_m, 0.0)
         b_span = tl.where(b_number > 0.0, tl.maximum(b_high - b_m, b_m - b_low), 0.0)  # max_k |g e - m|
         tl.store(shift + i_h * D + o_d, b_m, mask=m_d)
-        largest = tl.maximum(largest, tl.max(tl.where(m_d, b_span, 0.0), axis=0))
+        b_largest = tl.maximum(b_largest, tl.where(m_d, b_span, 0.0))
         b_far = tl.maximum(b_far, tl.where(m_d, tl.abs(b_m), 0.0))
     # The limits keep 2^b, and 2^a / 2^b for tokens of any size, normal numbers.
-    b_scale = exp2_exact(power_of_two(largest, -106, 119))
+    b_scale = exp2_exact(power_of_two(tl.max(b_largest, axis=0), -106, 119))
     tl.store(scale + i_h, b_scale)
     tl.store(offset + i_h, tl.max(b_far, axis=0) * b_scale * ROOT_D)
 

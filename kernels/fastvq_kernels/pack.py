@@ -90,7 +90,7 @@ def pack_codes_kernel(
         p_e = codes + (i_h * K + o_k)[:, None] * D + (o_c % D)[None, :]
         m_e = m_k[:, None] & m_c[None, :]
         b_given = unit_or_given(p_e, 1.0, m_e, WIDE, False)
-        b_finite = tl.minimum(b_finite, tl.min((b_given - b_given == 0.0).to(tl.int32), axis=1))
+        b_finite = tl.minimum(b_finite, tl.min((tl.abs(b_given) < float("inf")).to(tl.int32), axis=1))
         b_e = load_code(p_e, b_inv, shift + i_h * D, o_c % D, m_c, m_e, b_scale, WIDE, UNIT)  # [BK, BD]
         b_half = tl.where(tl.abs(b_e) < 65000.0, b_e, 0.0).to(tl.float16)
         b_r = b_e - b_half.to(tl.float32)

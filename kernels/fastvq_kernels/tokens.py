@@ -55,7 +55,7 @@ def pack_tokens_kernel(
     for d in range(0, DP, BD):
         o_c = d + tl.arange(0, BD)
         b_x = load_shifted(p_x, p_shift, o_c % D, m_t, o_c < D, WIDE, False)  # [BT, BD]
-        b_finite = tl.minimum(b_finite, tl.min((b_x - b_x == 0.0).to(tl.int32), axis=1))
+        b_finite = tl.minimum(b_finite, tl.min((tl.abs(b_x) < float("inf")).to(tl.int32), axis=1))
         b_y = load_shifted(p_x, p_shift, o_c % D, m_t, o_c < D, WIDE, SHIFT).to(tl.float32)
         b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_y), axis=1))
     # A token that overflows fp32 must not flatten its neighbours: it is left out of the scale.
