@@ -11,8 +11,11 @@ from torch import Tensor
 from fastvq import ops
 from fastvq.backends import METRICS, choose_backend
 from fastvq.kept import KeptCodebook
-from fastvq.reference import Quantized, coordinates_first, pair_score
+from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough
+
+# Distances are computed in pieces of this many float64 values (8 MiB).
+_DISTANCE_VALUES = 1 << 20
 
 
 @overload
@@ -87,15 +90,27 @@ def search_codes(
 
 
 def _distance(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
-    """The oracle's float64 value for the chosen pairs, as float32."""
-    tokens = coordinates_first(x.reshape(-1, x.shape[-1]))
-    score = pair_score(tokens, coordinates_first(_gather(indices, codebook).reshape(-1, x.shape[-1])), metric)
+    """The value of the chosen pairs, summed in float64 and rounded to float32."""
+    tokens = x.reshape(-1, x.shape[-1])
+    codes = _gather(indices, codebook).reshape(tokens.shape)
+    if torch.compiler.is_compiling():  # makes one loop of it, whatever the size
+        values = _pair_values(tokens, codes, metric)
+    else:
+        rows = max(1, _DISTANCE_VALUES // x.shape[-1])
+        pieces = zip(tokens.split(rows), codes.split(rows), strict=True)
+        values = torch.cat([_pair_values(*piece, metric) for piece in pieces])
+    return torch.where(indices < 0, torch.nan, values.view(indices.shape))
+
+
+def _pair_values(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
+    tokens, codes = tokens.double(), codes.double()
     if metric == "euclidean":
-        score = -score
-    elif metric == "cosine":
-        norm = pair_score(tokens, tokens, "dot").sqrt()
-        score = torch.where(norm > 0, score / norm, 0)
-    return torch.where(indices < 0, torch.nan, score.view(indices.shape)).float()
+        return (tokens - codes).square().sum(1).float()
+    product = (tokens * codes).sum(1)
+    if metric == "cosine":
+        lengths = torch.linalg.vector_norm(tokens, dim=1), torch.linalg.vector_norm(codes, dim=1)
+        product = torch.where((lengths[0] > 0) & (lengths[1] > 0), product / lengths[1] / lengths[0], 0)
+    return product.float()
 
 
 def code_statistics(
