@@ -23,8 +23,8 @@ six u for the arithmetic on maxima, the computed score is within ``c(a·b_k + h_
 bound rides in the product: tokens carry the extra columns ``(1, c·a)``, codes ``(-(1 - c)h_k, b_k)``, so that the
 product *is* an upper bound of ``S_k``, and subtracting ``2c(a·b_k + h_k)`` gives a lower bound. From the largest
 bound of a group of codes the largest norms of the group are subtracted, and the largest of these differences is below
-the best score. A small problem is searched without packing: there the computed score itself is compared with the
-largest one less ``2c(a·b + h)``, b and h being the largest of all codes.
+the best score. A small problem is searched without packing (:mod:`fastvq.small`): there the computed score itself is
+compared with the largest one less ``2c(a·b + h)``, b and h being the largest of all codes.
 
 **Crossings.** The winner's upper bound reaches the lower bound of the best score, so the maximum of its row and the
 maximum of its column do. If no other row and no other column does, no other code does.
@@ -45,21 +45,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import reference
-from fastvq.grid import LARGEST_COUNT, LARGEST_NORM, block_size, count, search_block
-from fastvq.packed import PackedCodebook, error_constant, pack
+from fastvq import reference, small
+from fastvq.grid import block_size, search_block
+from fastvq.packed import PackedCodebook, pack
 from fastvq.settle import settle
 from fastvq.threads import lead, map_on_threads, team_size
 
 # A token that keeps more codes than this after refinement is cheaper among distinct codes, or in the oracle; it bounds
 # the memory of what is settled.
 _MAX_SETTLED_CODES = 64
-# Up to this many tokens, or scores (4 MiB), packing the codebook costs more than computing with the codes as they are:
-# 3.6 ms against 1.9 with 640 x 256 x 32, 26 against 16 with 900 x 1,024 x 1,024. With more pairs than this to settle,
-# the sharper bounds of a packed codebook are worth it.
-_FEW_TOKENS = 16
-_FEW_SCORES = 1 << 20
-_FEW_PAIRS = 1 << 12
 # Less work than this, in float32 multiplications with a pass over the products counted as 16, is done by one thread:
 # several would wait for each other at every small operation (4 ms against 6 with 2,400 x 1,024 x 8).
 _WORK_FOR_ONE_THREAD = 10**8
@@ -106,11 +100,8 @@ def nearest_code(
     """
     if len(x) == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
-    few = (len(x) <= _FEW_TOKENS and len(codebook) <= LARGEST_COUNT) or len(x) * len(codebook) <= _FEW_SCORES
-    if few and metric == "euclidean" and torch.float64 not in (x.dtype, codebook.dtype):
-        indices = _search_small(x, codebook)
-        if indices is not None:
-            return indices
+    if small.fits(x, codebook, metric) and (indices := small.search(x, codebook)) is not None:
+        return indices
     if len(x) * len(codebook) * (x.shape[1] + 16) < _WORK_FOR_ONE_THREAD:
         return _search(x, prepare(codebook, metric))
     return lead(lambda: _search(x, prepare(codebook, metric)))
@@ -149,33 +140,6 @@ def _largest(rows: Tensor) -> float:
     low, high = torch.aminmax(rows)
     top = float(torch.maximum(-low, high))
     return top if top < math.inf else math.inf
-
-
-def _search_small(x: Tensor, codebook: Tensor) -> Tensor | None:
-    """Without packing: scores with ``m = 0`` and ``s = 1``, all with the bound of the largest norms, ``c(a·b + h)``.
-
-    None where a token or a code may leave float32's range, and where the bound keeps too many codes.
-    """
-    dim = x.shape[1]
-    x32, codes = x.float(), codebook.float()
-    a = torch.linalg.vector_norm(x32, dim=1, keepdim=True) + 2.0**-62 * dim**0.5
-    norms = torch.linalg.vector_norm(codes, dim=1)
-    b = float(norms.amax()) + 2.0**-62 * dim**0.5
-    if not (float(a.amax()) < LARGEST_NORM and b < LARGEST_NORM):  # nor NaN
-        return None
-    score = torch.addmm(norms.square_(), x32, codes.t(), beta=-0.5)
-    # Here coordinates and products may be subnormal, and be taken for 0.
-    slack = (dim + 16) * 2.0**-126 * (1 + a + b) + 4 * (dim + 4) * 2.0**-53 * a.square()
-    reaches = score.ge_(score.amax(1, keepdim=True) - 2 * error_constant(dim) * (b * a + 0.5 * b * b) - slack)
-    counts, code = count(reaches.t())
-    indices = torch.where(counts == 1, code, -1)
-    several = (counts > 1).nonzero()[:, 0]
-    if len(several):
-        if float(counts.index_select(0, several).sum()) > _FEW_PAIRS:
-            return None
-        pairs, candidates = reaches.index_select(0, several).nonzero().unbind(1)
-        settle(x, codebook, several.index_select(0, pairs), candidates, "euclidean", out=indices)
-    return indices
 
 
 def _search_distinct(x: Tensor, codebook: Tensor, metric: str) -> Tensor:

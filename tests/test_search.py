@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from strategies import METRICS, problems
 
 import fastvq
-from fastvq import cpu, grid, reference, settle
+from fastvq import cpu, grid, reference, settle, small
 
 
-@pytest.fixture(autouse=True, scope="module", params=[cpu._FEW_SCORES, 0], ids=["small unpacked", "all packed"])
+@pytest.fixture(autouse=True, scope="module", params=[small._FEW_SCORES, 0], ids=["small unpacked", "all packed"])
 def few_scores(request):
     """Small problems are searched without packing, and in the other half of the tests as large ones are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_FEW_SCORES", request.param)
+        patch.setattr(small, "_FEW_SCORES", request.param)
         yield
 
 
@@ -83,9 +83,9 @@ def test_indices_equal_float64_with_and_without_packing(problem):
     expected = reference.nearest_code(x, codebook, metric)
     for tokens, pairs in ((0, 0), (len(x), 20), (len(x), 10**6)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu, "_FEW_TOKENS", tokens)
-            patch.setattr(cpu, "_FEW_SCORES", 0)
-            patch.setattr(cpu, "_FEW_PAIRS", pairs)
+            patch.setattr(small, "_FEW_TOKENS", tokens)
+            patch.setattr(small, "_FEW_SCORES", 0)
+            patch.setattr(small, "_FEW_PAIRS", pairs)
             assert torch.equal(cpu.nearest_code(x, codebook, metric), expected)
 
 
