@@ -89,6 +89,17 @@ def test_indices_equal_float64_with_and_without_packing(problem):
             assert torch.equal(cpu.nearest_code(x, codebook, metric), expected)
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(problems(), st.integers(1, 50))
+def test_indices_equal_float64_in_parts_of_the_codebook(problem, codes):
+    x, codebook, metric = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "_FEW_TOKENS", 0)
+        patch.setattr(small, "_FEW_SCORES", 0)
+        patch.setattr(cpu, "_PART_VALUES", codes * x.shape[1])
+        assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
 @pytest.mark.parametrize("n", [1, 3, 40])
 @pytest.mark.parametrize("metric", METRICS)
 def test_tokens_that_are_not_finite_get_minus_one_and_codes_never_win(n, metric):
