@@ -31,8 +31,8 @@ _USUAL = Problem("memory", 8192, 0, 64, whole=True)
 _CODES = (256, 1024, 4096, 16_384, 65_536, 262_144)
 _QUICK_TOKENS = 2048
 _QUICK_CODES = (256, 4096, 65_536)
-# Runs before the measurement, so that what libraries load and keep for good is there.
-_WARM_UP = {"tokens": 64, "codes": 256}
+# Runs before the measurement, so that what libraries load and keep for good is there: as large as to go the same ways.
+_WARM_UP = {"tokens": 8192, "codes": 256}
 
 
 def plan(options: Options) -> list[Group]:
