@@ -1,10 +1,13 @@
 """The public functions: shapes, masks, values that are not finite, errors."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import fastvq
 from fastvq import reference
+from fastvq.backends import choose_backend
 
 
 @pytest.fixture(params=["torch", "reference", "triton"])
@@ -168,3 +171,29 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="backend 'triton' cannot run here: tensors are on the CPU"):
         fastvq.nearest_code(X, E, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("hip", "chip", "capability", "words"),
+    [
+        (None, "", (7, 5), "compute capability 8.0, cuda has 7.5"),
+        ("6.4", "gfx90a:sramecc+:xnack-", (9, 0), "made for gfx942 and gfx950, this is gfx90a"),
+    ],
+)
+def test_chips_that_the_kernels_are_not_made_for_take_pytorch(monkeypatch, hip, chip, capability, words):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=chip))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    backend, reason = choose_backend(torch.device("cuda"))
+    assert backend == "torch"
+    assert words in reason
+    with pytest.raises(ValueError, match=words):
+        choose_backend(torch.device("cuda"), "triton")
+
+
+@pytest.mark.parametrize(("hip", "chip"), [(None, ""), ("6.4", "gfx942:sramecc+:xnack-")])
+def test_chips_that_the_kernels_are_made_for_take_them(monkeypatch, hip, chip):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=chip))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose_backend(torch.device("cuda"))[0] == "triton"
