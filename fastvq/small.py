@@ -14,15 +14,15 @@ from fastvq.settle import settle
 
 # Up to so many tokens, or scores (4 MiB). Measured: 1.9 ms against 3.6 with 640 x 256 x 32, and 16 ms against 26 with
 # 900 x 1,024 x 1,024.
-_FEW_TOKENS = 16
-_FEW_SCORES = 1 << 20
+FEW_TOKENS = 16
+FEW_SCORES = 1 << 20
 # With more pairs than this to settle, the sharper bounds of a packed codebook are worth their price.
 _FEW_PAIRS = 1 << 12
 
 
 def fits(x: Tensor, codebook: Tensor, metric: str) -> bool:
     """Whether ``x [N, D]`` and ``codebook [K, D]`` are a problem for :func:`search`."""
-    few = (len(x) <= _FEW_TOKENS and len(codebook) <= LARGEST_COUNT) or len(x) * len(codebook) <= _FEW_SCORES
+    few = (len(x) <= FEW_TOKENS and len(codebook) <= LARGEST_COUNT) or len(x) * len(codebook) <= FEW_SCORES
     return few and metric == "euclidean" and torch.float64 not in (x.dtype, codebook.dtype)
 
 

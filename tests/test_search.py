@@ -10,11 +10,11 @@ import fastvq
 from fastvq import cpu, grid, reference, settle, small
 
 
-@pytest.fixture(autouse=True, scope="module", params=[small._FEW_SCORES, 0], ids=["small unpacked", "all packed"])
+@pytest.fixture(autouse=True, scope="module", params=[small.FEW_SCORES, 0], ids=["small unpacked", "all packed"])
 def few_scores(request):
     """Small problems are searched without packing, and in the other half of the tests as large ones are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small, "_FEW_SCORES", request.param)
+        patch.setattr(small, "FEW_SCORES", request.param)
         yield
 
 
@@ -83,8 +83,8 @@ def test_indices_equal_float64_with_and_without_packing(problem):
     expected = reference.nearest_code(x, codebook, metric)
     for tokens, pairs in ((0, 0), (len(x), 20), (len(x), 10**6)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(small, "_FEW_TOKENS", tokens)
-            patch.setattr(small, "_FEW_SCORES", 0)
+            patch.setattr(small, "FEW_TOKENS", tokens)
+            patch.setattr(small, "FEW_SCORES", 0)
             patch.setattr(small, "_FEW_PAIRS", pairs)
             assert torch.equal(cpu.nearest_code(x, codebook, metric), expected)
 
@@ -94,8 +94,8 @@ def test_indices_equal_float64_with_and_without_packing(problem):
 def test_indices_equal_float64_in_parts_of_the_codebook(problem, codes):
     x, codebook, metric = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small, "_FEW_TOKENS", 0)
-        patch.setattr(small, "_FEW_SCORES", 0)
+        patch.setattr(small, "FEW_TOKENS", 0)
+        patch.setattr(small, "FEW_SCORES", 0)
         patch.setattr(cpu, "_PART_VALUES", codes * x.shape[1])
         assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
 
