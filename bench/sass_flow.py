@@ -49,14 +49,13 @@ class Flow:
                             stack.extend(before[at])
         return found
 
-    def shortest_pass(self, head: int, through: set[int]) -> list[int]:
-        """The fewest instructions of one pass of the loop at `head` that goes by one of `through`, each counted once.
+    def shortest_pass(self, head: int, body: set[int], through: int) -> list[int]:
+        """The fewest instructions of one pass of the loop `body` at `head` that goes by `through`, each counted once.
 
         Loops within the loop count as one pass of theirs. Raises ValueError where no pass goes there.
         """
-        body = self.loops()[head]
         # The last instruction of the fewest so far by place: (instruction, whether it has been there).
-        start = (head, head in through)
+        start = (head, head == through)
         before: dict[tuple[int, bool], tuple[int, bool] | None] = {start: None}
         queue = [start]
         for at, been in queue:  # grows while it is read: breadth first, every instruction the same length
@@ -68,7 +67,7 @@ class Flow:
                         path.append(place[0])
                         place = before[place]
                     return path[::-1]
-                place = (to, been or to in through)
+                place = (to, been or to == through)
                 if to in body and to != head and place not in before:
                     before[place] = (at, been)
                     queue.append(place)

@@ -146,7 +146,7 @@ def search_kernels(
             _compile(
                 decide.decide_kernel,
                 target,
-                {"BT": 4, "CANDIDATES": CANDIDATES, "METRIC": metric},
+                {"BT": decide.TOKENS, "CANDIDATES": CANDIDATES, "METRIC": metric},
                 4,
                 options=unfused,
             ),

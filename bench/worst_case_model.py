@@ -77,7 +77,7 @@ def chunk_clocks(compiled: Compiled, dim: int) -> tuple[float, float]:
     chunk = min(around, key=lambda head: len(loops[head]))
     columns = {head: _count(flow, body)["DMUL"] for head, body in loops.items() if body < loops[chunk]}
     widest = max(columns, key=lambda head: columns[head])  # others take what is left of columns
-    path = set(flow.shortest_pass(chunk, {widest}))
+    path = set(flow.shortest_pass(chunk, loops[chunk], widest))
     passes = dim // columns[widest]
     exact = Counter({opcode: passes * n for opcode, n in _count(flow, loops[widest]).items()})
     rest = _count(flow, path - loops[widest])

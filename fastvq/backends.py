@@ -56,7 +56,8 @@ def _obstacle_to_triton(device: torch.device) -> str | None:
         return "tensors are on the CPU; set TRITON_INTERPRET=1 before Python starts to run the kernels interpreted"
     if device.type not in ("cpu", "cuda"):
         return f"Triton kernels run on CUDA and ROCm devices, tensors are on {device.type}"
-    if device.type == "cuda":
+    # A compiler traces the check of the arguments only; the operator asks again when it runs.
+    if device.type == "cuda" and not torch.compiler.is_compiling():
         return _obstacle_of_chip(device)
     return None
 

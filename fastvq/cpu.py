@@ -108,9 +108,11 @@ def nearest_code(
         return indices
     if prepare_once is None and codebook.numel() > _PART_VALUES and torch.float64 not in (x.dtype, codebook.dtype):
         return lead(lambda: _search_parts(x, codebook, metric))
-    if len(x) * len(codebook) * (x.shape[1] + 16) < _WORK_FOR_ONE_THREAD:
+
+    def search() -> Tensor:
         return _search(x, (prepare_once or prepare)(codebook, metric))
-    return lead(lambda: _search(x, (prepare_once or prepare)(codebook, metric)))
+
+    return search() if len(x) * len(codebook) * (x.shape[1] + 16) < _WORK_FOR_ONE_THREAD else lead(search)
 
 
 def _search_parts(x: Tensor, codebook: Tensor, metric: str) -> Tensor:

@@ -13,7 +13,7 @@ from .exact import NO_CODE, exact_value
 from .open import CANDIDATES, Open
 from .pack import PackedCodebook
 
-_TOKENS = 4  # per program and step: one pair for each thread
+TOKENS = 4  # per program and step: one pair for each thread
 
 
 @triton.jit(do_not_specialize=["N", "K", "width"])
@@ -73,10 +73,10 @@ def decide(x: Tensor, packed: PackedCodebook, left: Open, candidates: Tensor, in
     )
     cuda = x.device.type == "cuda"
     programs = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 2
-    decide_kernel[(min(triton.cdiv(programs, H), triton.cdiv(N, _TOKENS)), H)](
+    decide_kernel[(min(triton.cdiv(programs, H), triton.cdiv(N, TOKENS)), H)](
         x, packed.codes, packed.norms, left.count, left.tokens, left.line, left.found, candidates,
         indices, hard.count, hard.tokens, hard.line,
         N, packed.codes.shape[1], D,
-        BT=_TOKENS, CANDIDATES=CANDIDATES, METRIC=packed.metric, enable_fp_fusion=False,
+        BT=TOKENS, CANDIDATES=CANDIDATES, METRIC=packed.metric, enable_fp_fusion=False,
     )  # fmt: skip
     return hard
