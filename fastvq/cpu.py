@@ -1,11 +1,11 @@
 """Exact nearest-code search from plain PyTorch parts, without a ``[tokens, codes]`` matrix.
 
-Scan, refine, settle, each thread on a block of tokens of its own:
+Scan, rescore, settle, each thread on a block of tokens of its own:
 
-1. *Scan* (:mod:`fastvq.grid`): a float32 matrix product writes upper bounds of the scores of some tokens against
-   some codes into a buffer that stays in the cache. Seen as a matrix of codes, only its row and column maxima are
-   kept. Where one row and one column reach the best lower bound, the winner stands where they cross.
-2. *Refine*: for the other tokens the bounds of all crossings are computed again, one by one.
+1. *Scan* (:mod:`fastvq.groups`): a float32 matrix product writes upper bounds of the scores of some tokens against
+   some codes into a buffer that stays in the cache. Only the largest of each group of codes is kept.
+2. *Rescore*: for the groups that reach the best lower bound, nearly always one, the product is made again, one group
+   with all its tokens, and the codes are named whose own bound reaches.
 3. *Settle* (:mod:`fastvq.settle`): where more than one code remains, the oracle's own float64 arithmetic decides; a
    token with very many candidates (duplicate codes, a collapsed codebook) is searched again among the distinct codes.
 
@@ -26,9 +26,6 @@ bound of a group of codes the largest norms of the group are subtracted, and the
 the best score. A small problem is searched without packing (:mod:`fastvq.small`): there the computed score itself is
 compared with the largest one less ``2c(a·b + h)``, b and h being the largest of all codes.
 
-**Crossings.** The winner's upper bound reaches the lower bound of the best score, so the maximum of its row and the
-maximum of its column do. If no other row and no other column does, no other code does.
-
 **Slack.** The oracle rounds too. Its squared distances have a relative error of at most ``(D + 4)2⁻⁵³``, so that
 the true score of its winner is below the true best by at most ``4(D + 4)2⁻⁵³(a² + b²)``. The part in ``b²`` is
 covered by c, as is the whole of it for the other two metrics; the part in ``a²`` is subtracted from the lower
@@ -46,14 +43,11 @@ import torch
 from torch import Tensor
 
 from fastvq import reference, small
-from fastvq.grid import block_size, search_block
+from fastvq.groups import block_size, search_block
 from fastvq.packed import PackedCodebook, pack
 from fastvq.settle import settle
 from fastvq.threads import lead, map_on_threads, team_size
 
-# A token that keeps more codes than this after refinement is cheaper among distinct codes, or in the oracle; it bounds
-# the memory of what is settled.
-_MAX_SETTLED_CODES = 64
 # Of larger codebooks, parts of this many values (32 MiB) are packed and searched one after another. Half as many cost
 # some per cent with few tokens.
 _PART_VALUES = 1 << 23
@@ -145,10 +139,7 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     indices = torch.cat([block[0] for block in found])
     owners = torch.cat([block[1] + i * n for i, block in enumerate(found)])
     if len(owners):
-        crowd = torch.bincount(owners, minlength=len(x)).index_select(0, owners) > _MAX_SETTLED_CODES
-        kept = (~crowd).nonzero()[:, 0]
-        candidates = torch.cat([block[2] for block in found])
-        settle(x, codebook, owners[kept], candidates[kept], metric, out=indices)
+        settle(x, codebook, owners, torch.cat([block[2] for block in found]), metric, out=indices)
     is_open = (indices < 0).nonzero()[:, 0]
     if len(is_open):
         is_open = is_open[torch.isfinite(x[is_open]).all(1)]

@@ -18,8 +18,10 @@ from fastvq.threads import map_on_threads
 # (1,024 codes of 1,024 dimensions took 4.4 ms in pieces of 1 MiB, 1.9 so). Cosine makes float64 copies of a piece.
 _PIECE_VALUES = 1 << 21
 _PIECE_VALUES_COSINE = 1 << 18
-# Codes per group: K/64 + 64 maxima per token are few. Groups of 32 scan about as fast, of 128 often slower (measured).
-_GROUP = 64
+# Codes per group, the smaller where a code is long beside the number of codes: then scoring the codes of the winning
+# group again costs more than more groups do.
+_GROUP, _SMALL_GROUP = 64, 32
+_CODES_PER_COLUMN = 128
 # Largest scaled coordinate of a code: far from overflow, and codes 2^90 times smaller do not underflow.
 _TOP_EXPONENT = 32
 
@@ -53,12 +55,13 @@ def pack(codebook: Tensor, metric: str, top: float) -> PackedCodebook:
         top = 1.0
     scale = 2.0 ** (_TOP_EXPONENT - math.frexp(top)[1]) if top > 0 else 1.0
 
-    n_groups = -(-n_codes // _GROUP)
-    rows = torch.empty(n_groups, _GROUP, dim + 2, device=codebook.device)
+    group = _GROUP if n_codes >= _CODES_PER_COLUMN * dim else _SMALL_GROUP
+    n_groups = -(-n_codes // group)
+    rows = torch.empty(n_groups, group, dim + 2, device=codebook.device)
     norms = torch.empty(n_groups, 2, device=codebook.device)
     packed = PackedCodebook(metric, shift, scale, rows, norms)
     values = _PIECE_VALUES_COSINE if metric == "cosine" else _PIECE_VALUES
-    step = max(1, values // (_GROUP * (dim + 2)))
+    step = max(1, values // (group * (dim + 2)))
     pieces = torch.arange(n_groups, device="cpu").split(step)
     map_on_threads(lambda groups: _pack_groups(codebook, packed, int(groups[0]), int(groups[-1]) + 1), pieces)
     return packed

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.grid import LARGEST_COUNT, LARGEST_NORM, count
+from fastvq.groups import LARGEST_COUNT, LARGEST_NORM, count
 from fastvq.packed import error_constant
 from fastvq.settle import settle
 

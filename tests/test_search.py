@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import METRICS, problems
 
 import fastvq
-from fastvq import cpu, grid, reference, settle, small
+from fastvq import cpu, groups, packed, reference, settle, small
 
 
 @pytest.fixture(autouse=True, scope="module", params=[small.FEW_SCORES, 0], ids=["small unpacked", "all packed"])
@@ -153,13 +153,12 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
     x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
     expected = cpu.nearest_code(x, codebook)
     for tokens, codes, values, most in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
-        monkeypatch.setattr(grid, "_TOKENS_PER_PRODUCT", tokens)
-        monkeypatch.setattr(grid, "_TOKENS_PER_BLOCK", 3 * tokens)
-        monkeypatch.setattr(grid, "_PRODUCT_VALUES", codes * tokens)
-        monkeypatch.setattr(grid, "_TOKENS_REFINED", tokens)
-        monkeypatch.setattr(grid, "_REFINED_VALUES", values)
-        monkeypatch.setattr(grid, "_MAX_CROSSINGS", most)
-        monkeypatch.setattr(cpu, "_MAX_SETTLED_CODES", most)
+        monkeypatch.setattr(groups, "_TOKENS_PER_PRODUCT", tokens)
+        monkeypatch.setattr(groups, "_TOKENS_PER_BLOCK", 3 * tokens)
+        monkeypatch.setattr(groups, "_PRODUCT_VALUES", codes * tokens)
+        monkeypatch.setattr(groups, "_RESCORED_VALUES", values)
+        monkeypatch.setattr(groups, "_MAX_CODES", most)
+        monkeypatch.setattr(packed, "_SMALL_GROUP", codes // 8)
         monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
 
