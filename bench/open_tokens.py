@@ -1,8 +1,7 @@
 """How many tokens each step of the certified search proves: `python -m bench.open_tokens [--shapes esm3 ...]`.
 
 The kernels themselves decide, in Triton's interpreter, with the configuration of sm_90 and the number of ranges that a
-GPU takes for the batch of the model (the largest of those that share a codebook size: fewer tokens mean more ranges and
-fewer open tokens). The counts do not depend on the machine. Three kinds of tokens and codes:
+GPU takes for the batch of the model. The counts do not depend on the machine. Three kinds of tokens and codes:
 
     gaussian  standard normal, independent of each other
     near      Gaussian codes, tokens are codes plus noise of a tenth of their spread, as after training
@@ -32,7 +31,7 @@ from torch import Tensor
 from bench.gpu.problems import MODELS, PUBLISHED
 from bench.issue_model import H100
 from bench.problems import Problem, make_inputs
-from bench.refine_model import COUNTS, ranges_on_gpu, sm_90_config
+from bench.refine_model import COUNTS, ranges_on_gpu, same_counts, sm_90_config
 from fastvq import EMACodebook
 from fastvq.backends import interpreting
 from fastvq.info import versions
@@ -67,9 +66,10 @@ def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
 
     Returns:
         ``by_scan`` tokens proved by the bounds of the scan alone, ``by_two`` by the fp32 values of their two best
-        codes, ``open`` scanned again. Of these, ``hard`` have more ``candidates`` than there is room for; the others
-        have that many together. Over all hard tokens: ``walked_bins`` that `settle` walks through and
-        ``single_bins`` of which it evaluates one code. A token has ``bins`` in all.
+        codes, ``open`` for the second scan, which has ``again`` ranges to scan for them, counted for each token. Of
+        these, ``hard`` have more ``candidates`` than there is room for; the others have that many together. Over all
+        hard tokens: ``walked_bins`` that `settle` walks through and ``single_bins`` of which it evaluates one code. A
+        token has ``bins`` in all, in ``ranges``.
     """
     packed = pack_codebook(codebook, metric, sm_90_config(x.shape[1]))
     tokens = pack_tokens(x[None], packed)
@@ -80,17 +80,22 @@ def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
     # bounds of the scan prove. They do not contain this length.
     blind, _ = refine(x[None], replace(packed, length=torch.full_like(packed.length, torch.inf)), tokens, bins)
     by_scan, proved = int((blind >= 0).sum()), int((indices >= 0).sum())
-    hard = decide(x[None], packed, left, rescan(packed, tokens, left), indices)
+    hard = decide(x[None], packed, left, rescan(packed, tokens, bins, left), indices)
     walked, single = _bins_of_hard(packed, tokens, bins, hard)
+    at, cut = left.tokens[0, : int(left.count)], left.factors[0, : int(left.count), 2]
+    again = ~(bins.rest[0, at] < torch.where(cut > 0.0, cut, -torch.inf)[:, None, None])
+    again &= (cut < torch.inf)[:, None, None]
     found = left.found[0, : int(left.count)]
     return {
         "tokens": len(x),
         "by_scan": by_scan,
         "by_two": proved - by_scan,
         "open": int(left.count),
+        "again": int(again.any(2).sum()),
         "candidates": int(found[found <= CANDIDATES].sum()),
         "hard": int(hard.count),
-        "bins": bins.ranges * packed.config.lanes,
+        "ranges": bins.ranges,
+        "bins": bins.per_token,
         "walked_bins": walked,
         "single_bins": single,
     }
@@ -128,15 +133,11 @@ def photo_data(problem: Problem, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def problems() -> list[Problem]:
-    """One problem per codebook size and metric, with the names of all that share it and the largest batch of them."""
-    groups: dict[tuple[int, int, str], list[Problem]] = {}
+    """One problem per codebook size, metric and number of ranges, with the names of all that share them."""
+    groups: dict[tuple[int, int, str, int], list[Problem]] = {}
     for problem in (*PUBLISHED, *MODELS):
-        groups.setdefault((problem.codes, problem.dim, problem.metric), []).append(problem)
-    largest = [max(group, key=lambda problem: problem.heads * problem.tokens) for group in groups.values()]
-    return [
-        replace(problem, name=", ".join(each.name for each in group))
-        for problem, group in zip(largest, groups.values(), strict=True)
-    ]
+        groups.setdefault(same_counts(problem), []).append(problem)
+    return [replace(group[0], name=", ".join(each.name for each in group)) for group in groups.values()]
 
 
 def rows_of(problem: Problem, tokens: int | None) -> list[Row]:

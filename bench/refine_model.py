@@ -1,10 +1,10 @@
 """Modelled cost, on an H100, of what follows the scan: refinement, the second scan and the last decisions.
 
 The second scan as the first, by instructions and matrix products of its tiles of open tokens, or by its reading of the
-codes where that takes longer. All else by memory traffic alone: each operand at the rate of L2 if all of
-it fits there and of device memory if not. Nothing overlaps. How many tokens need what comes from
-`bench/results/open_tokens.json`. Left out: launches, the latency of dependent loads, the last incomplete wave, what
-L1 saves.
+codes where that takes longer; it scans the ranges that some token of the tile needs. Both scans wait for the
+multiprocessors that have most to do. All else by memory traffic alone: each operand at the rate of L2 if all of it fits
+there and of device memory if not. Nothing overlaps. How many tokens need what comes from
+`bench/results/open_tokens.json`. Left out: launches, the latency of dependent loads, what L1 saves.
 """
 
 from __future__ import annotations
@@ -53,6 +53,16 @@ def ranges_on_gpu(problem: Problem, config: ScanConfig) -> int:
     return triton.cdiv(steps, per_range)
 
 
+def same_counts(problem: Problem) -> tuple[int, int, str, int]:
+    """What the shares of tokens in `open_tokens.json` depend on: codes, dim, metric and ranges."""
+    return problem.codes, problem.dim, problem.metric, ranges_on_gpu(problem, sm_90_config(problem.dim))
+
+
+def waiting(programs: float) -> float:
+    """How many times as long equal programs take as on multiprocessors that all have the same to do."""
+    return math.ceil(programs / H100.sms) * H100.sms / programs if programs else 1.0
+
+
 def products(dim: int) -> int:
     """Columns that the second scan multiplies for tokens of ``dim`` columns."""
     return packed_width(dim) * (1 if dim <= SPLIT_D else 3)
@@ -65,7 +75,7 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCo
     """
     tokens = problem.heads * problem.tokens
     config = sm_90_config(problem.dim)
-    tiles = rescan_config("sm_90")
+    tiles = rescan_config(packed_width(problem.dim), "sm_90")
     bins = BIN * config.lanes * ranges_on_gpu(problem, config)  # bytes per token
     row = SECTOR * triton.cdiv(4 * problem.dim, SECTOR)  # bytes of a token or code
     half = 2 * packed_width(problem.dim)  # bytes of one fp16 part of it
@@ -79,18 +89,28 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCo
         operand_rate(tokens * row),
         operand_rate(problem.heads * problem.codes * row),
     )
-    full_tiles = problem.heads * triton.cdiv(math.ceil(n_open / problem.heads), tiles.block_m)
-    codes = triton.cdiv(problem.codes, tiles.block_n) * tiles.block_n
-    parts = products(problem.dim) // packed_width(problem.dim)
-    read = full_tiles * codes * min(parts, 2) * half / L2_RATE
-    multiplied = modelled_time(full_tiles * tiles.block_m, codes, products(problem.dim), cost).seconds
+    per_head = n_open / problem.heads
+    row_tiles = math.ceil(per_head / tiles.block_m)
+    scanned = 0.0  # steps of all tiles
+    if row_tiles:
+        # A tile needs a range if one of its tokens does; where that was not counted, every range.
+        all_ranges = counts["open"] * counts["ranges"]
+        share = 1 - (1 - counts.get("again", all_ranges) / all_ranges) ** (per_head / row_tiles)
+        scanned = problem.heads * row_tiles * share * triton.cdiv(problem.codes, tiles.block_n)
+    parts = min(2, products(problem.dim) // packed_width(problem.dim))
+    rows_read = tiles.block_n
+    if packed_width(problem.dim) > tiles.resident:
+        rows_read += per_head / max(1, row_tiles)
+    read = scanned * rows_read * parts * half / L2_RATE
+    depth = products(problem.dim)
+    multiplied = modelled_time(tiles.block_m, tiles.block_n, depth, cost).seconds * scanned
     return {
         "bins": (tokens + SHARES * n_hard) * bins / of_bins,
         # norm in, G_k of the best code in, index out
         "norm, G, index": tokens * (4 + SECTOR + 8) / L2_RATE,
         "two codes": n_two * (row / of_x + 2 * (row + 2 * SECTOR) / of_codes),
         "second parts": n_open * (row / of_x + 2 * half / L2_RATE),
-        "second scan": max(read, multiplied),
+        "second scan": max(read, multiplied * waiting(scanned)),
         "candidates": n_open * (row / of_x + SECTOR / L2_RATE) + candidates * (row + SECTOR) / of_codes,
         # A winner nearly always has one rival; both again in float64.
         "walk": n_hard * (row / of_x + (walked * (row + _SCALARS) + 2 * (row + SECTOR)) / of_codes),
@@ -109,17 +129,19 @@ def traffic_rows(costs: Mapping[int, PairCost], rescan_costs: Mapping[int, PairC
     by a dimension for each width and number of products.
     """
     counted = json.loads(COUNTS.read_text())["rows"]
-    gaussian = {(row["codes"], row["dim"], row["metric"]): row for row in counted if row["data"] == "gaussian"}
+    keys = ("codes", "dim", "metric", "ranges")
+    gaussian = {tuple(row[key] for key in keys): row for row in counted if row["data"] == "gaussian"}
     second = {(packed_width(dim), products(dim)): cost for dim, cost in rescan_costs.items()}
-    cases = [(problem, gaussian[problem.codes, problem.dim, problem.metric]) for problem in (*PUBLISHED, *MODELS)]
+    cases = [(problem, gaussian[same_counts(problem)]) for problem in (*PUBLISHED, *MODELS)]
     for row in counted:
         if row["data"] == "photos":
             cases.append((Problem(row["name"], row["batch"], row["codes"], row["dim"]), row))
     for problem, counts in cases:
         config, width = sm_90_config(problem.dim), packed_width(problem.dim)
-        padded = problem.heads * triton.cdiv(problem.tokens, config.block_m) * config.block_m
+        row_tiles = problem.heads * triton.cdiv(problem.tokens, config.block_m)
         codes = triton.cdiv(problem.codes, config.block_n) * config.block_n
-        scan = modelled_time(padded, codes, width, costs[width]).seconds
+        scan = modelled_time(row_tiles * config.block_m, codes, width, costs[width]).seconds
+        scan *= waiting(row_tiles * ranges_on_gpu(problem, config))
         terms = seconds_after_scan(problem, counts, second[width, products(problem.dim)])
         yield {
             "kernel": "after-scan model",

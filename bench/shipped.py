@@ -28,9 +28,8 @@ from fastvq_kernels.scan import scan_kernel
 
 # Every argument that is not a float32 pointer.
 _TYPES = {
-    **dict.fromkeys(
-        ("N", "N_pad", "K", "KP", "K_bias", "S", "D", "width", "parts", "steps", "all_steps", "steps_per_split"), "i32"
-    ),
+    **dict.fromkeys(("N", "N_pad", "K", "KP", "K_bias", "S", "n_bins", "D", "width", "parts"), "i32"),
+    **dict.fromkeys(("steps", "all_steps", "steps_per_split", "steps_per_range"), "i32"),
     "log_unit": "i32",
     **dict.fromkeys(("indices", "open_tokens", "hard_tokens", "winners", "p_indices", "p_order", "p_starts"), "*i64"),
     **dict.fromkeys(("winner", "winners_of_bins", "candidates", "found"), "*i32"),
@@ -86,12 +85,13 @@ def plain(target: str) -> Compiled:
 def rescan(target: str, dim: int) -> tuple[Compiled, RescanConfig]:
     """The second scan for tokens of ``dim`` columns."""
     width = packed_width(dim)
-    config = rescan_config(target)
+    config = rescan_config(width, target)
     constexprs = {
         "D": width,
         "BD": min(width, bounds.CHUNK),
         "BM": config.block_m,
         "BN": config.block_n,
+        "LANES": scan_config(width, target).lanes,
         "CANDIDATES": CANDIDATES,
         "SPLIT": dim <= SPLIT_D,
         "RESIDENT": width <= config.resident,
@@ -137,7 +137,7 @@ def search_kernels(
         yield dim, _compile(tokens.pack_tokens_kernel, target, rows, 8)
         layout = {"LANES": config.lanes, "TILE": TOKEN_TILE}
         slack = {"SLACK": 2 + bounds.accumulation(width), "BIAS_ERROR": 4 * bounds.bias_error(dim, width)}
-        two = {"BT": 64, "SHIFT": euclidean, "UNIT": unit, **layout, **slack}
+        two = {"BT": refine.TOKENS, "BINS": refine.BINS, "TILE": TOKEN_TILE, "SHIFT": euclidean, "UNIT": unit, **slack}
         fine = {"A_FINE": bounds.fine_accumulation(width), "LAMBDA_FINE": bounds.balance(True)}
         left = {"DP": width, "CANDIDATES": CANDIDATES, "SPLIT": split, **fine, **measured}
         yield dim, _compile(refine.refine_kernel, target, {**chunk, **two, **left, **float32, **errors}, 4)

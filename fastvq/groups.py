@@ -18,6 +18,8 @@ LARGEST_COUNT = 1 << 24
 # A product of 512 x 512 float32 values (1 MiB) stays in the level-2 cache of one core (2 MiB: half the speed).
 _PRODUCT_VALUES = 1 << 18
 _TOKENS_PER_PRODUCT = 512
+# Over other numbers of tokens than multiples of this the maxima take twice as long.
+_TOKENS_PER_MAXIMA = 32
 # Tokens are searched in blocks, as many as keep the maxima of all groups within this many values (2 MiB).
 _MAXIMA_PER_BLOCK = 1 << 19
 _TOKENS_PER_BLOCK = 4096
@@ -28,13 +30,13 @@ _MAX_CODES = 64
 
 
 def block_size(n_tokens: int, n_groups: int) -> int:
-    """Tokens per block: even blocks, as many as there are threads or a multiple of it."""
+    """Tokens per block: nearly even blocks, as many as there are threads or a multiple of it."""
     threads = team_size()
     most = max(_TOKENS_PER_PRODUCT, min(_TOKENS_PER_BLOCK, _MAXIMA_PER_BLOCK // n_groups))
     blocks = -(-n_tokens // most)
     if n_tokens > _TOKENS_PER_PRODUCT:
         blocks = -(-blocks // threads) * threads
-    return -(-n_tokens // blocks)
+    return -(-n_tokens // (blocks * _TOKENS_PER_MAXIMA)) * _TOKENS_PER_MAXIMA
 
 
 def search_block(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor, Tensor]:

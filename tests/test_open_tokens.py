@@ -9,7 +9,7 @@ import torch
 from bench import open_tokens
 from bench.gpu.problems import MODELS, PUBLISHED, Problem
 from bench.open_tokens import count
-from bench.refine_model import COUNTS, ranges_on_gpu, sm_90_config
+from bench.refine_model import COUNTS, ranges_on_gpu, same_counts, sm_90_config
 from fastvq.backends import interpreting
 from fastvq_kernels.pack import pack_codebook
 from fastvq_kernels.search import certified_search
@@ -57,7 +57,8 @@ def test_the_ranges_are_those_of_a_gpu_with_132_multiprocessors():
     config = sm_90_config(64)
     problem = Problem("any", 65_536, 16_384, 64)
     assert ranges_on_gpu(problem, config) == 4  # 16 bins, although the device is full
-    assert ranges_on_gpu(replace(problem, tokens=1), config) == 32  # at least 4 steps each
+    assert ranges_on_gpu(replace(problem, tokens=1000), config) == 32  # filled twice, with 4 steps each
+    assert ranges_on_gpu(replace(problem, tokens=1), config) == 128  # filled, with one
     assert ranges_on_gpu(replace(problem, codes=100), config) == 1
 
 
@@ -84,10 +85,10 @@ def test_the_command_prints_a_table_and_writes_what_it_printed(tmp_path, capsys)
 
 def test_the_stored_counts_hold_every_shape_and_become_markdown(capsys):
     rows = json.loads(COUNTS.read_text())["rows"]
-    stored = {(row["codes"], row["dim"], row["metric"], row["data"]) for row in rows}
+    stored = {(row["codes"], row["dim"], row["metric"], row["ranges"], row["data"]) for row in rows}
     for problem in (*PUBLISHED, *MODELS):
         for data in ("gaussian", "near"):
-            assert (problem.codes, problem.dim, problem.metric, data) in stored
+            assert (*same_counts(problem), data) in stored
     assert all(row["by_scan"] + row["by_two"] + row["open"] == row["tokens"] for row in rows)
     open_tokens.main(["--markdown"])
     assert len(capsys.readouterr().out.splitlines()) == 2 + sum(row["data"] != "near" for row in rows)

@@ -1,5 +1,7 @@
 """The second scan: what it names, what it leaves, and the bound behind it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,12 +22,13 @@ METRICS = ("euclidean", "cosine", "dot")
 def search(kernel_device):
     """Indices after the second scan, -1 where a token is left to `settle`, the open list, and how many are left."""
 
-    def steps(x, codebook, metric="euclidean"):
+    def steps(x, codebook, metric="euclidean", change=lambda packed: packed):
         x, codebook = x.to(kernel_device), codebook.to(kernel_device)
-        packed = pack_codebook(codebook, metric)
+        packed = change(pack_codebook(codebook, metric))
         tokens = pack_tokens(x, packed)
-        indices, left = refine(x, packed, tokens, scan(tokens, x.shape[1], packed))
-        candidates = rescan(packed, tokens, left)
+        bins = scan(tokens, x.shape[1], packed)
+        indices, left = refine(x, packed, tokens, bins)
+        candidates = rescan(packed, tokens, bins, left)
         return indices, left, candidates, int(decide(x, packed, left, candidates, indices).count)
 
     return steps
@@ -85,6 +88,52 @@ def test_heads_have_lists_of_their_own(search):
     assert hard == 0
     for head in range(3):
         assert torch.equal(indices[head].cpu(), reference.nearest_code(x[head], codebook[head]))
+
+
+@pytest.fixture
+def eight_ranges(monkeypatch):
+    """A codebook of 1,024 codes is scanned in eight ranges of 128."""
+    monkeypatch.setattr("fastvq_kernels.scan.splits", lambda *_: 8)
+
+
+def test_ranges_where_only_the_best_codes_of_bins_can_win_are_not_scanned_again(search, eight_ranges):
+    codebook, close = torch.randn(1024, 32), torch.randn(20, 32)
+    for place in (40, 300, 700, 900):
+        codebook[place : place + 20] = close + 1e-4 * torch.randn(20, 32)
+    x = close[None] + 1e-3 * torch.randn(1, 20, 32)
+
+    def without_second_scan(packed):
+        return replace(packed, fine=torch.full_like(packed.fine, torch.nan))
+
+    indices, left, _, hard = search(x, codebook, change=without_second_scan)
+    assert int(left.count) == 20
+    assert hard == 0
+    assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
+    assert (left.found[0, :20] == 4).all()
+
+
+def test_codes_of_one_bin_are_found_where_other_ranges_are_not_scanned(search, eight_ranges):
+    codebook, close = torch.randn(1024, 32), torch.randn(1, 32)
+    # Neighbours share a bin: 520 and 521 do, and their range is scanned again; the others are the best of theirs.
+    near = [130, 260, 388, 516, 520, 521, 640, 769]
+    codebook[near] = close + 1e-4 * torch.randn(8, 32)
+    x = close[None] + 1e-3 * torch.randn(1, 1, 32)
+    indices, left, candidates, hard = search(x, codebook)
+    assert (int(left.count), hard) == (1, 0)
+    assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
+    named = candidates[0, 0, : int(left.found[0, 0])].tolist()
+    assert sorted(named) == near
+
+
+@pytest.mark.parametrize("ranges", [1, 3, 8])
+def test_open_tokens_of_many_tiles_in_few_or_many_ranges(search, monkeypatch, ranges):
+    monkeypatch.setattr("fastvq_kernels.scan.splits", lambda *_: ranges)
+    codebook = close_codes(170, 6, 16, 1e-4)
+    x = codebook[None, :170].repeat(1, 2, 1) + 1e-3 * torch.randn(1, 340, 16)
+    indices, left, _, hard = search(x, codebook)
+    assert int(left.count) > 256
+    assert hard == 0
+    assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
 
 
 @pytest.mark.parametrize("d", [6, 24, 130])

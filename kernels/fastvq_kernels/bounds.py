@@ -45,6 +45,8 @@ with it. There `e' = e^ + e2 + rest` and `x' = x^ + x2 + rest`, and per chunk of
 is summed first, then `x^.e^` on top of it: the small products truncate at their own magnitude, and `A` counts one
 chunk only. Chunks and the bias are added in fp32, `2^-24` each of `X n_k`, of the bias and of the slack. The bound is
 `U_k` with these smaller constants, the residuals of the split, and `r`, `X` of the token itself instead of its tile.
+Of a bin whose second-largest bound of the first scan is below the line, no code but the best can win: a range of such
+bins is not scanned again, and their best codes that reach the line are candidates.
 
 **Refinement.** Codes are evaluated in fp32 from the given values, in chunks of BD columns that
 are added elementwise and then reduced. Every product passes at most `D/BD + BD` additions, its two factors carry a

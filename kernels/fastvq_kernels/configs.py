@@ -101,16 +101,24 @@ class RescanConfig:
     num_warps: int = 8
     num_stages: int = 2
     resident: int = 128  # columns up to which both parts of the tokens stay on chip
-    programs: int = 2  # per SM
+    programs: int = 1  # per SM: more than 128 registers for each of 256 threads
 
 
-def rescan_config(target: str | None = None) -> RescanConfig:
-    """The default of the second scan. Larger tiles than these spill, around the code that names candidates."""
+def rescan_config(width: int, target: str | None = None) -> RescanConfig:
+    """The default of the second scan for a padded width.
+
+    Larger tiles than these spill, around the code that names candidates.
+    """
+    target = target or current_target()
+    if target == "sm_90" and 128 < width <= 256:
+        # Both parts of the tokens fill most of shared memory. Loaded again with every step, they would be two thirds
+        # of what is read.
+        return RescanConfig(block_n=32, resident=256)
     return {
         "sm_80": RescanConfig(block_n=32),
-        "sm_100": RescanConfig(block_m=64),
-        "gfx942": RescanConfig(block_m=64, num_warps=4),
-    }.get(target or current_target(), RescanConfig())
+        "sm_100": RescanConfig(block_m=64, block_n=64 if width <= 128 else 32, programs=2),
+        "gfx942": RescanConfig(block_m=64, num_warps=4, programs=2),
+    }.get(target, RescanConfig())
 
 
 @dataclass(frozen=True)

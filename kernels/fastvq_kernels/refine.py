@@ -13,6 +13,11 @@ from .powers import ratio
 from .scan import Bins
 from .tokens import PackedTokens, load_shifted
 
+# Per program.
+TOKENS = 32
+# Of a token read at a time: as many as there are, but for few tokens.
+BINS = 16
+
 
 @triton.jit
 def code_bounds(
@@ -55,20 +60,20 @@ def below(b_value, b_cM, b_eta, UP: tl.constexpr):
 
 
 @triton.jit
-def take_largest(b_v, b_k, o_lane):
-    """The largest of b_v [BT, LANES], what b_k holds there, and b_v without it."""
+def take_largest(b_v, b_k, o_bin):
+    """The largest of b_v [BT, BINS], what b_k holds there, and b_v without it."""
     b_top = tl.max(b_v, axis=1)
-    b_lane = tl.max(tl.where(b_v == b_top[:, None], o_lane, 0), axis=1)
-    here = o_lane == b_lane[:, None]
+    b_bin = tl.max(tl.where(b_v == b_top[:, None], o_bin, 0), axis=1)
+    here = o_bin == b_bin[:, None]
     return b_top, tl.sum(tl.where(here, b_k, 0), axis=1), tl.where(here, float("-inf"), b_v)
 
 
-@triton.jit(do_not_specialize=["N", "K", "S"])
+@triton.jit(do_not_specialize=["N", "K", "n_bins"])
 def refine_kernel(
     tokens, rows, codes, inverse, shift, code_scale, tile_scale, tile_weight, norm, bias, half_sq, length, mean_sq,
     best, rest, winner, indices, open_count, open_tokens, open_line, low, factors, found,
-    N, N_pad, K, K_bias, S,
-    D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    N, N_pad, K, K_bias, n_bins,
+    D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
     CANDIDATES: tl.constexpr, SPLIT: tl.constexpr, SHIFT: tl.constexpr,
     WIDE_X: tl.constexpr, WIDE_E: tl.constexpr, UNIT: tl.constexpr, CERTIFIED: tl.constexpr,
     SLACK: tl.constexpr, BIAS_ERROR: tl.constexpr, E: tl.constexpr, UNIT_ERROR: tl.constexpr,
@@ -83,18 +88,23 @@ def refine_kernel(
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
     m_t = o_t < N
-    o_lane = tl.arange(0, LANES)[None, :]
+    o_bin = tl.arange(0, BINS)[None, :]
     b_v1 = tl.full([BT], float("-inf"), tl.float32)
     b_v2 = b_v1
     b_rest = b_v1
     b_k1 = tl.zeros([BT], tl.int32)
     b_k2 = b_k1
-    o_bin = (i_h * N_pad + o_t[:, None]) * S * LANES + o_lane
-    for _ in range(S):
-        b_v, b_k = tl.load(best + o_bin), tl.load(winner + o_bin)  # [BT, LANES]
-        a1, h1, b_v = take_largest(b_v, b_k, o_lane)
-        a2, h2, b_v = take_largest(b_v, b_k, o_lane)
-        a3 = tl.maximum(tl.max(tl.load(rest + o_bin), axis=1), tl.max(b_v, axis=1))
+    o_bins = tl.arange(0, BT)[:, None] * n_bins + o_bin  # from the first token of this program
+    p_best, p_rest = best + (i_h * N_pad + i_t * BT) * n_bins, rest + (i_h * N_pad + i_t * BT) * n_bins
+    p_winner = winner + (i_h * N_pad + i_t * BT) * n_bins
+    for first in range(0, n_bins, BINS):
+        m_b = m_t[:, None] & (first + o_bin < n_bins)
+        b_v = tl.load(p_best + o_bins, mask=m_b, other=float("-inf"))  # [BT, BINS]
+        b_k = tl.load(p_winner + o_bins, mask=m_b, other=0)
+        b_r = tl.load(p_rest + o_bins, mask=m_b, other=float("-inf"))
+        a1, h1, b_v = take_largest(b_v, b_k, o_bin)
+        a2, h2, b_v = take_largest(b_v, b_k, o_bin)
+        a3 = tl.maximum(tl.max(b_r, axis=1), tl.max(b_v, axis=1))
         wins = a1 > b_v1
         # The loser of the two firsts against the second of the winner; what is left goes into the rest.
         x, kx = tl.where(wins, b_v1, a1), tl.where(wins, b_k1, h1)
@@ -102,7 +112,7 @@ def refine_kernel(
         b_rest = tl.maximum(tl.maximum(b_rest, a3), tl.maximum(tl.minimum(x, y), tl.where(wins, b_v2, a2)))
         b_v1, b_k1 = tl.where(wins, a1, b_v1), tl.where(wins, h1, b_k1)
         b_v2, b_k2 = tl.maximum(x, y), tl.where(y > x, ky, kx)
-        o_bin += LANES
+        o_bins += BINS
 
     b_X = tl.load(norm + i_h * N_pad + o_t)
     b_finite = b_X == b_X
@@ -176,14 +186,13 @@ def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins:
     indices = torch.empty(H, N, dtype=torch.int64, device=x.device)
     left = no_open(N, packed_tokens, packed.split)
     DP = packed_tokens.rows.shape[2]
-    block_t = 64
-    refine_kernel[(triton.cdiv(N, block_t), H)](
+    refine_kernel[(triton.cdiv(N, TOKENS), H)](
         x, packed_tokens.rows, packed.codes, packed.inverse, packed.shift, packed.scale,
         packed_tokens.scale, packed_tokens.weight, packed_tokens.norm,
         packed.bias, packed.half_sq, packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,
         indices, left.count, left.tokens, left.line, left.low, left.factors, left.found,
-        N, packed_tokens.norm.shape[1], K, packed.bias.shape[1], bins.ranges,
-        D=D, DP=DP, BT=block_t, BD=column_chunk(D), LANES=packed.config.lanes, TILE=TOKEN_TILE,
+        N, packed_tokens.norm.shape[1], K, packed.bias.shape[1], bins.per_token,
+        D=D, DP=DP, BT=TOKENS, BD=column_chunk(D), BINS=BINS, TILE=TOKEN_TILE,
         CANDIDATES=CANDIDATES, SPLIT=packed.split, SHIFT=packed.metric == "euclidean", WIDE_X=x.dtype == torch.float64,
         WIDE_E=packed.codes.dtype == torch.float64, UNIT=packed.metric == "cosine",
         CERTIFIED=D <= bounds.MAX_CERTIFIED_D, SLACK=(2.0 + bounds.accumulation(DP)) * bounds.UP,

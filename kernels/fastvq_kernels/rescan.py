@@ -12,6 +12,7 @@ from . import bounds
 from .configs import all_registers, rescan_config
 from .open import CANDIDATES, Open
 from .pack import PackedCodebook
+from .scan import Bins
 from .tokens import PackedTokens
 
 
@@ -25,29 +26,34 @@ def three_products(b_u, b_x, b_x2, b_e, b_e2, SPLIT: tl.constexpr):
     return b_u + tl.dot(b_x, b_e.T, b_p, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["N", "steps"])
+@triton.jit(do_not_specialize=["N", "K", "S", "steps_per_range", "steps"])
 def rescan_kernel(
-    rows, low, codes, codes_low, fine, open_count, open_tokens, factors, found, candidates,
-    N, N_pad, KP, K_bias, steps,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CANDIDATES: tl.constexpr,
-    SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
+    rows, low, codes, codes_low, fine, best, rest, winner, open_count, open_tokens, factors, found, candidates,
+    N, N_pad, K, KP, K_bias, S, steps_per_range, steps,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
+    CANDIDATES: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks over tiles of BM open tokens times ranges of codes, with the stride of the grid.
+    """Each program walks over its share of the codes for tiles of BM open tokens, with the stride of the grid.
 
     Appends to candidates [H, N, CANDIDATES] every code whose upper bound reaches the token's line and counts them in
-    found, beyond the room as well. How many tiles there are is read here, on the device; ranges fill the grid.
+    found, beyond the room as well. Where of no bin of a range more than the best code can reach it, for any token of
+    the tile, the range is not scanned, and the best codes are named. How many tiles there are is read here, on the
+    device.
     """
     i_h = tl.program_id(1).to(tl.int64)
     n_open = tl.load(open_count + i_h)
     tiles = tl.cdiv(n_open, BM)
-    ranges = tl.minimum(tl.maximum(tl.num_programs(0) // tl.maximum(tiles, 1), 1), steps)
-    length = tl.cdiv(steps, ranges)
-    ranges = tl.cdiv(steps, length)
+    share = tl.minimum(tl.maximum(tl.num_programs(0) // tl.maximum(tiles, 1), 1), steps)  # programs per tile
+    # Of a range, `parts` programs scan a part each: short ones, since few ranges may need it.
+    length = tl.cdiv(steps_per_range, share)
+    parts = tl.cdiv(steps_per_range, length)
+    groups = share // parts
     o_d = tl.arange(0, BD)
     o_n = tl.arange(0, BN)
     o_e = o_n[:, None] * D + o_d[None, :]
-    for item in range(tl.program_id(0), tiles * ranges, tl.num_programs(0)):
-        o_i = (item // ranges) * BM + tl.arange(0, BM)
+    for item in range(tl.program_id(0), tiles * share, tl.num_programs(0)):
+        i_p = item % share
+        o_i = (item // share) * BM + tl.arange(0, BM)
         m_i = o_i < n_open
         b_t = tl.load(open_tokens + i_h * N + o_i, mask=m_i, other=0)
         p_x = rows + (i_h * N_pad + b_t)[:, None] * D + o_d[None, :]
@@ -56,65 +62,84 @@ def rescan_kernel(
         b_c = tl.load(p_factor, mask=m_i, other=1.0)
         b_w = tl.load(p_factor + 1, mask=m_i, other=0.0)
         b_cut = tl.load(p_factor + 2, mask=m_i, other=float("inf"))  # nothing reaches it
+        m_i = b_cut < float("inf")
+        # Below zero int32 order is not float order: then every range is scanned.
+        b_reached = tl.where(b_cut > 0.0, b_cut, float("-inf"))[:, None]
         p_found = found + i_h * N + o_i
         p_candidate = candidates + (i_h * N + o_i) * CANDIDATES
         b_xs, b_x2s = (), ()
         if RESIDENT:
             for d in tl.static_range(0, D, BD):
-                b_xs = b_xs + (tl.load(p_x + d),)
+                b_xs = b_xs + (tl.load(p_x + d, mask=m_i[:, None], other=0.0),)
                 b_x2s = b_x2s + (b_xs[0] if SPLIT else tl.load(p_x2 + d, mask=m_i[:, None], other=0.0),)
-        first = (item % ranges) * length
-        p_e = codes + (i_h * KP + first * BN) * D
-        p_e2 = codes_low + (i_h * KP + first * BN) * D
-        p_bound = fine + (i_h * K_bias + first * BN + o_n) * 2
-        last = tl.where(tl.min(b_cut, axis=0) < float("inf"), tl.minimum(first + length, steps), first)
-        for t in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
-            b_u = tl.zeros([BM, BN], tl.float32)
-            if RESIDENT:
-                for i in tl.static_range(D // BD):
-                    b_e = tl.load(p_e + o_e + i * BD)  # [BN, BD]
-                    b_e2 = b_e if SPLIT else tl.load(p_e2 + o_e + i * BD)
-                    b_u = three_products(b_u, b_xs[i], b_x2s[i], b_e, b_e2, SPLIT)
-            else:
-                for d in tl.range(0, D, BD, num_stages=STAGES):
-                    b_x, b_e, b_e2 = tl.load(p_x + d), tl.load(p_e + o_e + d), tl.load(p_e2 + o_e + d)
-                    b_x2 = tl.load(p_x2 + d, mask=m_i[:, None], other=0.0)
-                    b_u = three_products(b_u, b_x, b_x2, b_e, b_e2, SPLIT)
-            b_B, b_G = tl.load(p_bound), tl.load(p_bound + 1)
-            b_u += b_c[:, None] * b_B[None, :] + b_w[:, None] * b_G[None, :] - b_cut[:, None]
-            # As one reduction: of the maxima of rows, the compiler for sm_100 fails. And not as the condition of the
-            # loop below alone, which would keep this loop from being pipelined.
-            if tl.max(b_u) >= 0.0:
-                # One code of each token at a time, from the last column down.
-                b_n = tl.full([BM], BN, tl.int32)
-                while tl.max(b_n, axis=0) > 0:
-                    reaches = (b_u >= 0.0) & (o_n[None, :] < b_n[:, None])
-                    b_n = tl.max(tl.where(reaches, o_n[None, :], -1), axis=1)
-                    hit = b_n >= 0
-                    b_slot = tl.atomic_add(p_found, 1, mask=hit, sem="relaxed")
-                    has_room = hit & (b_slot < CANDIDATES)
-                    tl.store(p_candidate + b_slot, t * BN + b_n, mask=has_room)
-                    b_cut = tl.where(hit & (~has_room), float("inf"), b_cut)
-                    b_n = tl.where(has_room, b_n, 0)
-            p_e += BN * D
-            p_e2 += BN * D
-            p_bound += 2 * BN
+        p_bin = ((i_h * N_pad + b_t) * S)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [BM, LANES]
+        for i_s in range(tl.where(i_p < groups * parts, i_p // parts, S), S, groups):
+            o_bin = p_bin + i_s * LANES
+            b_rest = tl.load(rest + o_bin, mask=m_i[:, None], other=float("-inf"))
+            scans = tl.max((m_i[:, None] & ~(b_rest < b_reached)).to(tl.int32)) > 0
+            last = tl.minimum((i_s + 1) * steps_per_range, steps)
+            first = tl.minimum(i_s * steps_per_range + i_p % parts * length, last)
+            last = tl.where(scans, tl.minimum(first + length, last), first)
+            if (i_p % parts == 0) & (~scans):
+                b_k = tl.load(winner + o_bin, mask=m_i[:, None], other=0)
+                b_best = tl.load(best + o_bin, mask=m_i[:, None], other=float("-inf"))
+                b_named = m_i[:, None] & (b_k < K) & ~(b_best < b_reached)
+                one = tl.full([BM, LANES], 1, tl.int32)
+                b_slot = tl.atomic_add(p_found[:, None] + (one - 1), one, mask=b_named, sem="relaxed")
+                tl.store(p_candidate[:, None] + b_slot, b_k, mask=b_named & (b_slot < CANDIDATES))
+            p_e = codes + (i_h * KP + first * BN) * D
+            p_e2 = codes_low + (i_h * KP + first * BN) * D
+            p_bound = fine + (i_h * K_bias + first * BN + o_n) * 2
+            for t in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
+                b_u = tl.zeros([BM, BN], tl.float32)
+                if RESIDENT:
+                    for j in tl.static_range(D // BD):
+                        b_e = tl.load(p_e + o_e + j * BD)  # [BN, BD]
+                        b_e2 = b_e if SPLIT else tl.load(p_e2 + o_e + j * BD)
+                        b_u = three_products(b_u, b_xs[j], b_x2s[j], b_e, b_e2, SPLIT)
+                else:
+                    for d in tl.range(0, D, BD, num_stages=STAGES):
+                        b_x = tl.load(p_x + d, mask=m_i[:, None], other=0.0)  # [BM, BD]
+                        b_x2 = tl.load(p_x2 + d, mask=m_i[:, None], other=0.0)
+                        b_e, b_e2 = tl.load(p_e + o_e + d), tl.load(p_e2 + o_e + d)  # [BN, BD]
+                        b_u = three_products(b_u, b_x, b_x2, b_e, b_e2, SPLIT)
+                b_B, b_G = tl.load(p_bound), tl.load(p_bound + 1)
+                b_u += b_c[:, None] * b_B[None, :] + b_w[:, None] * b_G[None, :] - b_cut[:, None]
+                # As one reduction: of the maxima of rows, the compiler for sm_100 fails. And not as the condition
+                # of the loop below alone, which would keep this loop from being pipelined.
+                if tl.max(b_u) >= 0.0:
+                    # One code of each token at a time, from the last column down.
+                    b_n = tl.full([BM], BN, tl.int32)
+                    while tl.max(b_n, axis=0) > 0:
+                        reaches = (b_u >= 0.0) & (o_n[None, :] < b_n[:, None])
+                        b_n = tl.max(tl.where(reaches, o_n[None, :], -1), axis=1)
+                        hit = b_n >= 0
+                        b_slot = tl.atomic_add(p_found, 1, mask=hit, sem="relaxed")
+                        has_room = hit & (b_slot < CANDIDATES)
+                        tl.store(p_candidate + b_slot, t * BN + b_n, mask=has_room)
+                        b_cut = tl.where(hit & (~has_room), float("inf"), b_cut)
+                        b_n = tl.where(has_room, b_n, 0)
+                p_e += BN * D
+                p_e2 += BN * D
+                p_bound += 2 * BN
 
 
-def rescan(packed: PackedCodebook, tokens: PackedTokens, left: Open) -> Tensor:
+def rescan(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Open) -> Tensor:
     """Candidates [H, N, CANDIDATES] int32 of the open tokens; how many there are is added to left.found."""
-    config = rescan_config()
     H, N_pad, DP = tokens.rows.shape
+    config = rescan_config(DP)
     N = left.tokens.shape[1]
     KP = packed.half.shape[1]
     device = tokens.rows.device
     candidates = torch.empty(H, N, CANDIDATES, dtype=torch.int32, device=device)
     units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     rescan_kernel[(triton.cdiv(config.programs * units, H), H)](
-        tokens.rows, left.low, packed.half, packed.low, packed.fine,
+        tokens.rows, left.low, packed.half, packed.low, packed.fine, bins.best, bins.rest, bins.winner,
         left.count, left.tokens, left.factors, left.found, candidates,
-        N, N_pad, KP, packed.fine.shape[1], KP // config.block_n,
-        D=DP, BD=min(DP, bounds.CHUNK), BM=config.block_m, BN=config.block_n, CANDIDATES=CANDIDATES,
+        N, N_pad, packed.codes.shape[1], KP, packed.fine.shape[1],
+        bins.ranges, bins.steps * packed.config.block_n // config.block_n, KP // config.block_n,
+        D=DP, BD=min(DP, bounds.CHUNK), BM=config.block_m, BN=config.block_n, LANES=packed.config.lanes,
+        CANDIDATES=CANDIDATES,
         SPLIT=packed.split, RESIDENT=DP <= config.resident, STAGES=config.num_stages,
         num_warps=config.num_warps, **all_registers(device),
     )  # fmt: skip

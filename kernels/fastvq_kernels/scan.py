@@ -208,18 +208,23 @@ class Bins:
         """S."""
         return self.best.shape[2]
 
+    @property
+    def per_token(self) -> int:
+        """S LANES."""
+        return self.best.shape[2] * self.best.shape[3]
+
 
 def splits(programs: int, steps: int, lanes: int, device: torch.device) -> int:
     """Ranges of codes per token tile.
 
-    Enough programs to fill the device twice, at least 4 steps each. And 16 bins, from 16 steps each: where the two
-    best codes of a token share a bin, the second is not known.
+    Enough programs to fill the device, and with at least 4 steps each to fill it twice. And 16 bins, from 16 steps
+    each: where the two best codes of a token share a bin, the second is not known.
     """
     if device.type != "cuda":
         return min(2, steps)  # the interpreter takes the same path
     units = torch.cuda.get_device_properties(device).multi_processor_count
-    filled = min(steps // 4, 2 * units // programs)
-    return max(1, filled, min(steps // 16, 16 // lanes))
+    once, twice = min(steps, units // programs), min(steps // 4, 2 * units // programs)
+    return max(1, once, twice, min(steps // 16, 16 // lanes))
 
 
 def scan(tokens: PackedTokens, n: int, packed: PackedCodebook) -> Bins:

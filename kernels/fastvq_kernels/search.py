@@ -40,6 +40,6 @@ def certified_search(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor]
     tokens = pack_tokens(x, packed)
     bins = scan(tokens, x.shape[1], packed)
     indices, left = refine(x, packed, tokens, bins)
-    hard = decide(x, packed, left, rescan(packed, tokens, left), indices)
+    hard = decide(x, packed, left, rescan(packed, tokens, bins, left), indices)
     settle(x, packed, tokens, bins, hard, indices)
     return indices, left.count
