@@ -140,7 +140,9 @@ def search_kernels(
         two = {"BT": refine.TOKENS, "BINS": refine.BINS, "TILE": TOKEN_TILE, "SHIFT": euclidean, "UNIT": unit, **slack}
         fine = {"A_FINE": bounds.fine_accumulation(width), "LAMBDA_FINE": bounds.balance(True)}
         left = {"DP": width, "CANDIDATES": CANDIDATES, "SPLIT": split, **fine, **measured}
-        yield dim, _compile(refine.refine_kernel, target, {**chunk, **two, **left, **float32, **errors}, 4)
+        refined = {**chunk, **two, **left, **float32, **errors}
+        registers = {} if target == "gfx942" else ALL_REGISTERS
+        yield dim, _compile(refine.refine_kernel, target, refined, 4, options=registers)
         yield (
             dim,
             _compile(
@@ -153,7 +155,7 @@ def search_kernels(
         )
         shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES, "METRIC": metric, "BN": config.block_n}
         constexprs = {"BK": settle.BLOCK_K, **chunk, **shares, **layout, **float32, **errors}
-        options = unfused if target == "gfx942" else unfused | ALL_REGISTERS
+        options = unfused | registers
         yield dim, _compile(settle.settle_kernel, target, constexprs, 4, types={"values": "*fp64"}, options=options)
     biases = {"BK": 256, "ERROR": 1e-5, "FINE_ERROR": 1e-6, "UP": bounds.UP}
     yield 0, _compile(pack.bias_kernel, target, biases, 4)

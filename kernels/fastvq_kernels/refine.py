@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
-from .configs import TOKEN_TILE, column_chunk
+from .configs import TOKEN_TILE, all_registers, column_chunk
 from .open import CANDIDATES, Open, no_open, store_open
 from .pack import PackedCodebook, load_code
 from .powers import ratio
@@ -199,6 +199,6 @@ def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins:
         BIAS_ERROR=4.0 * bounds.bias_error(D, DP) * bounds.UP, E=bounds.refinement(D, 32) * bounds.UP,
         UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0,
         INFLATE=bounds.norm_inflation(D), A_FINE=bounds.fine_accumulation(DP), LAMBDA_FINE=bounds.balance(True),
-        TINY=bounds.TINY, ORACLE=2 * bounds.ORACLE, UP=bounds.UP,
+        TINY=bounds.TINY, ORACLE=2 * bounds.ORACLE, UP=bounds.UP, **all_registers(x.device),
     )  # fmt: skip
     return indices, left
