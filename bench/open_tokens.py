@@ -83,15 +83,14 @@ def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
     hard = decide(x[None], packed, left, rescan(packed, tokens, bins, left), indices)
     walked, single = _bins_of_hard(packed, tokens, bins, hard)
     at, cut = left.tokens[0, : int(left.count)], left.factors[0, : int(left.count), 2]
-    again = ~(bins.rest[0, at] < torch.where(cut > 0.0, cut, -torch.inf)[:, None, None])
-    again &= (cut < torch.inf)[:, None, None]
+    again = _reaching(bins.rest, at, cut).any(2) & (cut < torch.inf)[:, None]
     found = left.found[0, : int(left.count)]
     return {
         "tokens": len(x),
         "by_scan": by_scan,
         "by_two": proved - by_scan,
         "open": int(left.count),
-        "again": int(again.any(2).sum()),
+        "again": int(again.sum()),
         "candidates": int(found[found <= CANDIDATES].sum()),
         "hard": int(hard.count),
         "ranges": bins.ranges,
@@ -110,9 +109,13 @@ def _bins_of_hard(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left
     c_mean = c * packed.mean_sq
     eta = 2 * bounds.ORACLE * norm**2 / c if packed.metric == "euclidean" else 0.0
     cut = line + c_mean - (line.abs() + c_mean) * (bounds.UP - 1.0) - eta  # `below` of the refinement
-    cut = torch.where(cut > 0.0, cut, -torch.inf)[:, None, None]
-    walk = ~(bins.rest[0, at] < cut)
-    return int(walk.sum()), int((~(bins.best[0, at] < cut) & ~walk).sum())
+    walk = _reaching(bins.rest, at, cut)
+    return int(walk.sum()), int((_reaching(bins.best, at, cut) & ~walk).sum())
+
+
+def _reaching(values: Tensor, at: Tensor, cut: Tensor) -> Tensor:
+    """Bins [n, S, LANES] of the tokens ``at [n]`` whose value reaches ``cut [n]``: all where it is not above zero."""
+    return ~(values[0, at] < torch.where(cut > 0.0, cut, -torch.inf)[:, None, None])
 
 
 def photo_data(problem: Problem, tokens: int) -> tuple[Tensor, Tensor]:
