@@ -42,18 +42,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import reference, small
-from fastvq.groups import block_size, search_block
+from fastvq import groups, reference, small, whole
+from fastvq.candidates import TOKENS_PER_MAXIMA
 from fastvq.packed import PackedCodebook, pack
 from fastvq.settle import settle
-from fastvq.threads import lead, map_on_threads, team_size
 
 # Of larger codebooks, parts of this many values (32 MiB) are packed and searched one after another. Half as many cost
 # some per cent with few tokens.
 _PART_VALUES = 1 << 23
-# Less work than this, in float32 multiplications with a pass over the products counted as 16, is done by one thread:
-# several would wait for each other at every small operation (4 ms against 6 with 2,400 x 1,024 x 8).
-_WORK_FOR_ONE_THREAD = 10**8
+# Tokens are searched in blocks, as many as keep their rows and the maxima of all groups within this many values (8 MiB).
+_TOKENS_PER_BLOCK = 8192
+_VALUES_PER_BLOCK = 1 << 21
+_LEAST_TOKENS = 128
 
 
 class Prepared(NamedTuple):
@@ -101,12 +101,8 @@ def nearest_code(
     if small.fits(x, codebook, metric) and (indices := small.search(x, codebook)) is not None:
         return indices
     if prepare_once is None and codebook.numel() > _PART_VALUES and torch.float64 not in (x.dtype, codebook.dtype):
-        return lead(lambda: _search_parts(x, codebook, metric))
-
-    def search() -> Tensor:
-        return _search(x, (prepare_once or prepare)(codebook, metric))
-
-    return search() if len(x) * len(codebook) * (x.shape[1] + 16) < _WORK_FOR_ONE_THREAD else lead(search)
+        return _search_parts(x, codebook, metric)
+    return _search(x, (prepare_once or prepare)(codebook, metric))
 
 
 def _search_parts(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
@@ -134,18 +130,27 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     if packed is None:
         return reference.nearest_code(x, codebook, metric)
 
-    n = block_size(len(x), len(packed.rows))
-    found = map_on_threads(lambda some: search_block(some, packed), x.split(n))
-    indices = torch.cat([block[0] for block in found])
-    owners = torch.cat([block[1] + i * n for i, block in enumerate(found)])
+    n = _block_size(len(x), packed)
+    search = whole.search if len(codebook) <= whole.MOST_CODES else groups.search
+    found = [search(some, packed) for some in x.split(n)]
+    indices = torch.cat([block.indices for block in found])
+    owners = torch.cat([block.owners + i * n for i, block in enumerate(found)])
     if len(owners):
-        settle(x, codebook, owners, torch.cat([block[2] for block in found]), metric, out=indices)
+        settle(x, codebook, owners, torch.cat([block.codes for block in found]), metric, out=indices)
     is_open = (indices < 0).nonzero()[:, 0]
     if len(is_open):
         is_open = is_open[torch.isfinite(x[is_open]).all(1)]
     if len(is_open):
         indices[is_open] = _search_distinct(x[is_open], codebook, metric)
     return indices
+
+
+def _block_size(n_tokens: int, packed: PackedCodebook) -> int:
+    """Tokens per block, of nearly even blocks."""
+    n_groups, _, width = packed.rows.shape
+    most = min(_TOKENS_PER_BLOCK, max(_LEAST_TOKENS, _VALUES_PER_BLOCK // max(n_groups, width)))
+    blocks = -(-n_tokens // most)
+    return -(-n_tokens // (blocks * TOKENS_PER_MAXIMA)) * TOKENS_PER_MAXIMA
 
 
 def _largest(rows: Tensor) -> float:
@@ -161,20 +166,14 @@ def _search_distinct(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     # time with few tokens and short codes.
     weights = torch.arange(1, codebook.shape[1] + 1, dtype=torch.float64, device=x.device).sqrt()
     if 2 * len(torch.unique((codebook * weights).sum(1))) > len(codebook):
-        return _search_all(x, codebook, metric)
+        return reference.nearest_code(x, codebook, metric)
     distinct, inverse = torch.unique(codebook, dim=0, return_inverse=True)
     if 2 * len(distinct) > len(codebook):
-        return _search_all(x, codebook, metric)
+        return reference.nearest_code(x, codebook, metric)
     first = torch.full((len(distinct),), len(codebook), device=x.device)
     first.scatter_reduce_(0, inverse, torch.arange(len(codebook), device=x.device), "amin")
     first = first.sort().values
     return first[_search(x, prepare(codebook[first], metric))]
-
-
-def _search_all(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """The oracle, on all threads."""
-    pieces = x.split(-(-len(x) // team_size()))
-    return torch.cat(map_on_threads(lambda some: reference.nearest_code(some, codebook, metric), pieces))
 
 
 def _outside_scaled_range(codebook: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The codebook as the CPU search reads it: shifted, scaled, in groups, with the columns that carry the bound.
+"""Codes and tokens as the CPU search reads them: shifted, scaled, with the columns that carry the bound.
 
 :mod:`fastvq.cpu` derives what the columns mean.
 """
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fastvq import reference
-from fastvq.threads import map_on_threads
 
-# Codes are packed in pieces of this many values (8 MiB): with smaller ones threads mostly wait for the interpreter
-# (1,024 codes of 1,024 dimensions took 4.4 ms in pieces of 1 MiB, 1.9 so). Cosine makes float64 copies of a piece.
-_PIECE_VALUES = 1 << 21
-_PIECE_VALUES_COSINE = 1 << 18
+# Scores of larger tokens might leave float32's range.
+LARGEST_NORM = 2.0**60
+# Codes are packed in pieces of this many values, of which there may be copies in float64 (2 MiB each).
+_PIECE_VALUES = 1 << 18
 # Codes per group, the smaller where a code is long beside the number of codes: then scoring the codes of the winning
 # group again costs more than more groups do.
 _GROUP, _SMALL_GROUP = 64, 32
@@ -33,7 +32,7 @@ class PackedCodebook(NamedTuple):
     shift: Tensor  # [D] float64, exactly representable in float32: m
     scale: float  # a power of two: s
     rows: Tensor  # [groups, G, D + 2] float32
-    norms: Tensor  # [groups, 2] float32: largest b_k and largest h_k of a group
+    norms: Tensor  # [groups, 3] float32: largest b_k and largest h_k of a group, 1
 
 
 def error_constant(dim: int) -> float:
@@ -58,21 +57,20 @@ def pack(codebook: Tensor, metric: str, top: float) -> PackedCodebook:
     group = _GROUP if n_codes >= _CODES_PER_COLUMN * dim else _SMALL_GROUP
     n_groups = -(-n_codes // group)
     rows = torch.empty(n_groups, group, dim + 2, device=codebook.device)
-    norms = torch.empty(n_groups, 2, device=codebook.device)
+    norms = torch.ones(n_groups, 3, device=codebook.device)
     packed = PackedCodebook(metric, shift, scale, rows, norms)
-    values = _PIECE_VALUES_COSINE if metric == "cosine" else _PIECE_VALUES
-    step = max(1, values // (group * (dim + 2)))
-    pieces = torch.arange(n_groups, device="cpu").split(step)
-    map_on_threads(lambda groups: _pack_groups(codebook, packed, int(groups[0]), int(groups[-1]) + 1), pieces)
+    step = max(1, _PIECE_VALUES // (group * (dim + 2)))
+    pieces = (codebook.split(step * group), rows.split(step), norms.split(step))
+    for codes, some, of_some in zip(*pieces, strict=True):
+        _pack_groups(codes, packed, some, of_some)
     return packed
 
 
-def _pack_groups(codebook: Tensor, packed: PackedCodebook, g0: int, g1: int) -> None:
-    """Fill groups ``g0`` to ``g1`` of the packed codebook."""
-    _, group, width = packed.rows.shape
+def _pack_groups(codes: Tensor, packed: PackedCodebook, out: Tensor, largest: Tensor) -> None:
+    """Fill some groups of the packed codebook, ``out [groups, G, D + 2]`` and ``largest [groups, 3]``."""
+    _, group, width = out.shape
     dim = width - 2
-    codes = codebook[g0 * group : g1 * group]
-    rows = packed.rows[g0:g1].view(-1, width)
+    rows = out.view(-1, width)
     if len(codes) < len(rows):
         rows[len(codes) :] = 0
         rows[len(codes) :, dim] = -torch.inf
@@ -87,7 +85,7 @@ def _pack_groups(codebook: Tensor, packed: PackedCodebook, g0: int, g1: int) -> 
     b += 2.0**-62 * dim**0.5
     filled[:, dim] = -(1 - error_constant(dim)) * h[: len(codes)]
     rows[:, dim + 1] = b
-    packed.norms[g0:g1] = torch.stack([b, h], 1).view(-1, group, 2).amax(1)
+    largest[:, :2] = torch.stack([b, h], 1).view(-1, group, 2).amax(1)
 
 
 def _scale(values: Tensor, packed: PackedCodebook, out: Tensor) -> None:
@@ -97,10 +95,32 @@ def _scale(values: Tensor, packed: PackedCodebook, out: Tensor) -> None:
     torch.add((-packed.scale * packed.shift).to(dtype), values.to(dtype), alpha=packed.scale, out=out)
 
 
-def scale_tokens(x: Tensor, packed: PackedCodebook, out: Tensor) -> None:
-    """Write ``x'`` of tokens ``x [n, D]`` to ``out [n, D]`` float32."""
+def pack_tokens(x: Tensor, packed: PackedCodebook, out: Tensor) -> Tensor:
+    """Write tokens ``x [n, D]`` with their columns to ``out [n, D + 2]`` float32; NaN where one may not be compared.
+
+    Returns:
+        ``[3, n]``: what :func:`add_to_bounds` multiplies by the norms of a group.
+    """
+    dim = x.shape[1]
+    c = error_constant(dim)
     if packed.metric == "euclidean":
-        _scale(x, packed, out)
+        _scale(x, packed, out=out[:, :dim])
     else:
         exponents = torch.frexp(x.double().abs().amax(1, keepdim=True)).exponent
-        out.copy_(torch.ldexp(x.double(), -exponents))
+        out[:, :dim] = torch.ldexp(x.double(), -exponents)
+    a = torch.linalg.vector_norm(out[:, :dim], dim=1).add_(2.0**-62 * dim**0.5)
+    # A bound of NaN reaches nothing, so that the token has no candidates.
+    a.masked_fill_(~(a < LARGEST_NORM), torch.nan)
+    out[:, dim], out[:, dim + 1] = 1.0, c * a
+    slack = (dim + 16) * (2.0**-112 + 2.0**-148 * a)
+    if packed.metric == "euclidean":
+        slack += 4 * (dim + 4) * 2.0**-53 * a.square()
+    return torch.stack([-2 * c * a, torch.full_like(a, -2 * c), -slack])
+
+
+def add_to_bounds(bounds: Tensor, packed: PackedCodebook, to_lower: Tensor, out: Tensor | None = None) -> Tensor:
+    """From the largest upper bounds of groups ``[groups, n]`` lower bounds of what the best code scores.
+
+    ``bound - 2c(a·b + h) - slack``, with the largest norms of the group.
+    """
+    return torch.addmm(bounds, packed.norms, to_lower, out=out)

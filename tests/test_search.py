@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import METRICS, problems
 
 import fastvq
-from fastvq import cpu, groups, packed, reference, settle, small
+from fastvq import candidates, cpu, groups, packed, reference, settle, small, whole
 
 
 @pytest.fixture(autouse=True, scope="module", params=[small.FEW_SCORES, 0], ids=["small unpacked", "all packed"])
@@ -149,15 +149,20 @@ def test_indices_do_not_depend_on_the_number_of_threads(threads):
     assert torch.equal(indices, reference.nearest_code(x, codebook))
 
 
-def test_indices_do_not_depend_on_block_sizes(monkeypatch):
+@pytest.mark.parametrize("most_compared", [0, 1 << 20], ids=["groups", "whole"])
+def test_indices_do_not_depend_on_block_sizes(most_compared, monkeypatch):
     x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
-    expected = cpu.nearest_code(x, codebook)
+    expected = reference.nearest_code(x, codebook)
+    monkeypatch.setattr(small, "FEW_SCORES", 0)
+    monkeypatch.setattr(whole, "MOST_CODES", most_compared)
     for tokens, codes, values, most in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
+        monkeypatch.setattr(cpu, "_TOKENS_PER_BLOCK", 3 * tokens)
         monkeypatch.setattr(groups, "_TOKENS_PER_PRODUCT", tokens)
-        monkeypatch.setattr(groups, "_TOKENS_PER_BLOCK", 3 * tokens)
-        monkeypatch.setattr(groups, "_PRODUCT_VALUES", codes * tokens)
-        monkeypatch.setattr(groups, "_RESCORED_VALUES", values)
-        monkeypatch.setattr(groups, "_MAX_CODES", most)
+        monkeypatch.setattr(groups, "_PAIRS", values)
+        monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
+        monkeypatch.setattr(candidates, "_VALUES_PER_THREAD", codes * tokens)
+        for module in (whole, groups):
+            monkeypatch.setattr(module, "MAX_CODES", most)
         monkeypatch.setattr(packed, "_SMALL_GROUP", codes // 8)
         monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
