@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# A token with more codes left is cheaper among distinct codes, or in the oracle. Bounds the memory of what is settled.
-MAX_CODES = 64
 # Over other numbers of tokens than multiples of this the maxima take twice as long.
-TOKENS_PER_MAXIMA = 32
-# float32 counts no further.
-LARGEST_COUNT = 1 << 24
+_TOKENS_PER_MAXIMA = 32
+# What a one in row k adds to the sum of its column is k more than this: the sum tells whether there is another, and the
+# row if there is none. Exact in float32, for as many rows.
+_ONE = 2.0**23
+MOST_ROWS = 1 << 23
+# With more than about 64 codes left a token is crowded: it is cheaper among distinct codes, or in the oracle. Bounds the
+# memory of what is settled.
+MOST_SUM = 64 * _ONE
 # A product of 512 x 512 float32 values (1 MiB) stays in the level-2 cache of one core (2 MiB: half the speed).
 _VALUES_PER_THREAD = 1 << 18
 
@@ -33,17 +37,36 @@ def product_values() -> int:
     return _VALUES_PER_THREAD * torch.get_num_threads()
 
 
-def count(reaches: Tensor) -> tuple[Tensor, Tensor]:
-    """For a matrix of zeros and ones: ones per column, and the number of the row with the one where there is one.
+def even_pieces(n_tokens: int, most: int) -> int:
+    """Tokens per piece, of nearly even pieces of ``most`` at most, or a little more."""
+    pieces = -(-n_tokens // max(most, _TOKENS_PER_MAXIMA))
+    return -(-n_tokens // (pieces * _TOKENS_PER_MAXIMA)) * _TOKENS_PER_MAXIMA
 
-    In float32, since comparing into bool and finding what is true take many times longer than a product. Up to
-    LARGEST_COUNT rows.
+
+def joined(pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """All first and all second tensors."""
+    first, second = zip(*pieces, strict=True)
+    return torch.cat(first), torch.cat(second)
+
+
+def row_weights(n_rows: int, device: torch.device) -> Tensor:
+    """``[rows]``: their product with a matrix of zeros and ones is what the functions below read. Up to MOST_ROWS.
+
+    Comparing into bool and finding what is true take many times longer than a product.
     """
-    counts, sums = counters(len(reaches), reaches.device) @ reaches
-    return counts, sums.long()
+    return torch.arange(n_rows, dtype=torch.float32, device=device).add_(_ONE)
 
 
-def counters(n_rows: int, device: torch.device) -> Tensor:
-    """``[2, rows]``: multiplied by a matrix of zeros and ones, ones per column and the sums of their rows' numbers."""
-    numbers = torch.arange(n_rows, dtype=torch.float32, device=device)
-    return torch.stack([torch.ones_like(numbers), numbers])
+def only_row(sums: Tensor) -> Tensor:
+    """The row of the one in each column, int64, or -1 where there is none or more than one."""
+    return torch.where((sums >= _ONE) & (sums < 2 * _ONE), sums - _ONE, -1).long()
+
+
+def with_several(sums: Tensor, most: float = torch.inf) -> Tensor:
+    """Columns with more than one, and a sum of ``most`` at most."""
+    return ((sums >= 2 * _ONE) & (sums <= most)).nonzero()[:, 0]
+
+
+def at_most(sums: Tensor) -> float:
+    """No fewer than there are ones in all columns, and no more than twice as many."""
+    return float(sums.double().sum()) / _ONE

@@ -43,17 +43,16 @@ import torch
 from torch import Tensor
 
 from fastvq import groups, reference, small, whole
-from fastvq.candidates import TOKENS_PER_MAXIMA
+from fastvq.candidates import even_pieces
 from fastvq.packed import PackedCodebook, pack
 from fastvq.settle import settle
 
 # Of larger codebooks, parts of this many values (32 MiB) are packed and searched one after another. Half as many cost
 # some per cent with few tokens.
 _PART_VALUES = 1 << 23
-# Tokens are searched in blocks, as many as keep their rows and the maxima of all groups within this many values (8 MiB).
+# Tokens are searched in blocks of so many, and so many values (8 MiB).
 _TOKENS_PER_BLOCK = 8192
 _VALUES_PER_BLOCK = 1 << 21
-_LEAST_TOKENS = 128
 
 
 class Prepared(NamedTuple):
@@ -130,7 +129,7 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     if packed is None:
         return reference.nearest_code(x, codebook, metric)
 
-    n = _block_size(len(x), packed)
+    n = even_pieces(len(x), min(_TOKENS_PER_BLOCK, _VALUES_PER_BLOCK // packed.rows.shape[2]))
     search = whole.search if len(codebook) <= whole.MOST_CODES else groups.search
     found = [search(some, packed) for some in x.split(n)]
     indices = torch.cat([block.indices for block in found])
@@ -143,14 +142,6 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     if len(is_open):
         indices[is_open] = _search_distinct(x[is_open], codebook, metric)
     return indices
-
-
-def _block_size(n_tokens: int, packed: PackedCodebook) -> int:
-    """Tokens per block, of nearly even blocks."""
-    n_groups, _, width = packed.rows.shape
-    most = min(_TOKENS_PER_BLOCK, max(_LEAST_TOKENS, _VALUES_PER_BLOCK // max(n_groups, width)))
-    blocks = -(-n_tokens // most)
-    return -(-n_tokens // (blocks * TOKENS_PER_MAXIMA)) * TOKENS_PER_MAXIMA
 
 
 def _largest(rows: Tensor) -> float:

@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.candidates import MAX_CODES, TOKENS_PER_MAXIMA, Candidates, count, product_values
+from fastvq.candidates import (
+    MOST_SUM,
+    Candidates,
+    even_pieces,
+    joined,
+    only_row,
+    product_values,
+    row_weights,
+    with_several,
+)
 from fastvq.packed import PackedCodebook, add_to_bounds, pack_tokens
 
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
@@ -24,62 +33,66 @@ def search(x: Tensor, packed: PackedCodebook) -> Candidates:
     """Candidates of one block of tokens ``[n, D]``: scan, and rescore the groups that reach."""
     n = len(x)
     n_groups, group, width = packed.rows.shape
-    # One allocation: several smaller ones the C library gives back to the system each time, and pages that come anew
-    # are a fifth of the time with 1,024 codes.
-    sizes = [n * width, n_groups * n]
-    rows, maxima = torch.empty(sum(sizes), device=x.device).split(sizes)
-    rows, maxima = rows.view(n, width), maxima.view(n_groups, n)
+    rows = torch.empty(n, width, device=x.device)
     to_lower = pack_tokens(x, packed, out=rows)
-    _scan(rows.t(), packed, out=maxima)
-    lower = add_to_bounds(maxima, packed, to_lower).amax(0)
-    reaches = maxima.ge_(lower)
-    in_reach, only = count(reaches)
-    single = (in_reach == 1).nonzero()[:, 0]
-    several = ((in_reach > 1) & (in_reach <= MAX_CODES)).nonzero()[:, 0]
-    pieces = [(some, only.index_select(0, some)) for some in single.split(_PAIRS)]
-    if len(several):
-        per_piece = max(1, int(_PAIRS * len(several) / float(in_reach.index_select(0, several).sum())))
-        for some in several.split(per_piece):
-            at, groups = reaches.t().index_select(0, some).nonzero().unbind(1)
-            pieces.append((some.index_select(0, at), groups))
-    if sum(len(owners) for owners, _ in pieces) <= _PAIRS:
-        pieces = [_joined(pieces)]
-    owners, codes = _joined([_rescore(owners, groups, rows, lower, packed) for owners, groups in pieces])
+    lower = torch.empty(n, device=x.device)
+    # The maxima of so many tokens stay in the cache as well.
+    step = even_pieces(n, max(_TOKENS_PER_PRODUCT, product_values() // n_groups))
+    pieces = []
+    for i, some, of_some, least in zip(range(0, n, step), rows.split(step), to_lower.split(step, 1), lower.split(step)):
+        owners, groups = _reaching(some.t(), packed, of_some, least)
+        pieces.append((owners + i, groups))
+    owners, groups = joined(pieces)
+    sums = torch.zeros(n, device=x.device)
+    owners, codes = joined(
+        [
+            _rescore(of, among, rows, lower, packed, sums)
+            for of, among in zip(owners.split(_PAIRS), groups.split(_PAIRS), strict=True)
+        ]
+    )
 
-    n_codes = torch.bincount(owners, minlength=n)
+    n_codes = torch.bincount(owners, minlength=n).masked_fill_(sums > MOST_SUM, 0)
     indices = torch.full((n,), -1, device=x.device).index_copy_(0, owners, codes).masked_fill_(n_codes != 1, -1)
     left = (n_codes.index_select(0, owners) > 1).nonzero()[:, 0]
     return Candidates(indices, owners.index_select(0, left), codes.index_select(0, left))
 
 
-def _joined(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    first, second = zip(*pieces, strict=True)
-    return torch.cat(first), torch.cat(second)
+def _reaching(tokens: Tensor, packed: PackedCodebook, to_lower: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of token and group with an upper bound that reaches the token's best lower bound, for ``[D + 2, n]``.
 
-
-def _scan(tokens: Tensor, packed: PackedCodebook, out: Tensor) -> None:
-    """Write the largest upper bound of every group to ``out [groups, n]``, for tokens ``[D + 2, n]``."""
+    Writes that bound to ``lower [n]``. No pairs of a crowded token.
+    """
     n_groups, group, width = packed.rows.shape
-    n_tokens, values = tokens.shape[1], product_values()
-    n = max(_TOKENS_PER_PRODUCT, values // (n_groups * group * TOKENS_PER_MAXIMA) * TOKENS_PER_MAXIMA)
-    n = min(n, n_tokens)
-    step = min(n_groups, max(1, values // (group * n)))  # groups per product
-    buffer = torch.empty(step * group * n, device=tokens.device)
+    n_tokens, n = tokens.shape[1], min(tokens.shape[1], _TOKENS_PER_PRODUCT)
+    step = min(n_groups, max(1, product_values() // (group * n)))  # groups per product
+    sizes = [n_groups * n_tokens, step * group * n]
+    maxima, buffer = torch.empty(sum(sizes), device=tokens.device).split(sizes)
+    maxima = maxima.view(n_groups, n_tokens)
     pieces = packed.rows.view(-1, width).split(step * group)
-    for some, of_some in zip(tokens.split(n, 1), out.split(n, 1), strict=True):
+    for some, of_some in zip(tokens.split(n, 1), maxima.split(n, 1), strict=True):
         for codes, largest in zip(pieces, of_some.split(step), strict=True):
             bounds = buffer[: len(codes) * some.shape[1]].view(len(codes), -1)
             torch.mm(codes, some, out=bounds)
             torch.amax(bounds.view(-1, group, some.shape[1]), 1, out=largest)
 
+    torch.amax(add_to_bounds(maxima, packed, to_lower), 0, out=lower)
+    reaches = maxima.ge_(lower).t()
+    sums = torch.mv(reaches, row_weights(n_groups, tokens.device))
+    only, several = only_row(sums), with_several(sums, MOST_SUM)
+    single = (only >= 0).nonzero()[:, 0]
+    at, groups = reaches.index_select(0, several).nonzero().unbind(1)
+    return joined([(single, only.index_select(0, single)), (several.index_select(0, at), groups)])
+
 
 def _rescore(
-    owners: Tensor, groups: Tensor, tokens: Tensor, lower: Tensor, packed: PackedCodebook
+    owners: Tensor, groups: Tensor, tokens: Tensor, lower: Tensor, packed: PackedCodebook, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of the codes in ``groups [pairs]`` those whose own bound reaches that of their token, ``owners [pairs]``.
 
+    Adds them to ``sums [n]``, which tell how many there are of each token.
+
     Returns:
-        Token and code of each, in no particular order; none of a token with more than MAX_CODES.
+        Token and code of each, in no particular order; not all, or none, of a crowded token.
     """
     n_groups, group, width = packed.rows.shape
     owners, groups, limits = _in_batches(owners, groups, lower, n_groups)
@@ -93,14 +106,13 @@ def _rescore(
         torch.index_select(tokens, 0, at, out=some[: len(at)])
         torch.bmm(some[: len(at)].view(len(of), -1, width), codes[: len(of)].mT, out=out)
     reaches = bounds.view(-1, group).ge_(limits[:, None])
-    n_codes, member = count(reaches.t())
-    total = torch.zeros(len(lower), device=tokens.device).index_add_(0, owners, n_codes)
-    few = total.index_select(0, owners) <= MAX_CODES
-    one = ((n_codes == 1) & few).nonzero()[:, 0]
-    several = ((n_codes > 1) & few).nonzero()[:, 0]
+    in_group = torch.mv(reaches, row_weights(group, tokens.device))
+    sums.index_add_(0, owners, in_group)
+    in_group *= sums.index_select(0, owners) <= MOST_SUM
+    only, several = only_row(in_group), with_several(in_group)
+    one = (only >= 0).nonzero()[:, 0]
     pairs, members = reaches.index_select(0, several).nonzero().unbind(1)
-    pairs = torch.cat([one, several.index_select(0, pairs)])
-    members = torch.cat([member.index_select(0, one), members])
+    pairs, members = joined([(one, only.index_select(0, one)), (several.index_select(0, pairs), members)])
     groups = groups.index_select(0, torch.div(pairs, _TOKENS_PER_BATCH, rounding_mode="floor"))
     return owners.index_select(0, pairs), groups * group + members
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.candidates import LARGEST_COUNT, count
+from fastvq.candidates import MOST_ROWS, at_most, only_row, row_weights, with_several
 from fastvq.packed import LARGEST_NORM, error_constant
 from fastvq.settle import settle
 
@@ -22,7 +22,7 @@ _FEW_PAIRS = 1 << 12
 
 def fits(x: Tensor, codebook: Tensor, metric: str) -> bool:
     """Whether ``x [N, D]`` and ``codebook [K, D]`` are a problem for :func:`search`."""
-    few = (len(x) <= FEW_TOKENS and len(codebook) <= LARGEST_COUNT) or len(x) * len(codebook) <= FEW_SCORES
+    few = (len(x) <= FEW_TOKENS and len(codebook) <= MOST_ROWS) or len(x) * len(codebook) <= FEW_SCORES
     return few and metric == "euclidean" and torch.float64 not in (x.dtype, codebook.dtype)
 
 
@@ -43,11 +43,11 @@ def search(x: Tensor, codebook: Tensor) -> Tensor | None:
     # Here coordinates and products may be subnormal, and be taken for 0.
     slack = (dim + 16) * 2.0**-126 * (1 + a + b) + 4 * (dim + 4) * 2.0**-53 * a.square()
     reaches = score.ge_(score.amax(1, keepdim=True) - 2 * error_constant(dim) * (b * a + 0.5 * b * b) - slack)
-    counts, code = count(reaches.t())
-    indices = torch.where(counts == 1, code, -1)
-    several = (counts > 1).nonzero()[:, 0]
+    sums = torch.mv(reaches, row_weights(len(codes), x.device))
+    indices = only_row(sums)
+    several = with_several(sums)
     if len(several):
-        if float(counts.index_select(0, several).sum()) > _FEW_PAIRS:
+        if at_most(sums.index_select(0, several)) > _FEW_PAIRS:
             return None
         pairs, candidates = reaches.index_select(0, several).nonzero().unbind(1)
         settle(x, codebook, several.index_select(0, pairs), candidates, "euclidean", out=indices)

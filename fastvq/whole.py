@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.candidates import MAX_CODES, TOKENS_PER_MAXIMA, Candidates, counters, product_values
+from fastvq.candidates import (
+    MOST_SUM,
+    Candidates,
+    even_pieces,
+    joined,
+    only_row,
+    product_values,
+    row_weights,
+    with_several,
+)
 from fastvq.packed import PackedCodebook, add_to_bounds, pack_tokens
 
 # With more codes it takes longer to compare every bound than to score the codes of the best group again. Measured
@@ -21,32 +30,30 @@ def search(x: Tensor, packed: PackedCodebook) -> Candidates:
     n = len(x)
     n_groups, group, width = packed.rows.shape
     n_codes = n_groups * group
-    step = min(n, max(1, product_values() // (n_codes * TOKENS_PER_MAXIMA)) * TOKENS_PER_MAXIMA)
+    step = even_pieces(n, product_values() // n_codes)
+    # One allocation: several smaller ones the C library gives back to the system each time, and pages that come anew
+    # are a fifth of the time with 1,024 codes.
     sizes = [n * width, n_codes * step, n_groups * step]
     rows, buffer, maxima = torch.empty(sum(sizes), device=x.device).split(sizes)
     rows = rows.view(n, width)
     to_lower = pack_tokens(x, packed, out=rows)
 
-    codes = packed.rows.view(n_codes, width)
-    numbers = counters(n_codes, x.device)
-    lower, counts = torch.empty(n, device=x.device), torch.empty(2, n, device=x.device)
-    pieces = (rows.t().split(step, 1), to_lower.split(step, 1), lower.split(step), counts.split(step, 1))
-    for some, of_some, least, counted in zip(*pieces, strict=True):
+    codes, weights = packed.rows.view(n_codes, width), row_weights(n_codes, x.device)
+    lower, sums = torch.empty(2, n, device=x.device)
+    pieces = zip(rows.t().split(step, 1), to_lower.split(step, 1), lower.split(step), sums.split(step), strict=True)
+    for some, of_some, least, counted in pieces:
         bounds = buffer[: n_codes * len(least)].view(n_codes, -1)
         largest = maxima[: n_groups * len(least)].view(n_groups, -1)
         torch.mm(codes, some, out=bounds)
         torch.amax(bounds.view(n_groups, group, -1), 1, out=largest)
         torch.amax(add_to_bounds(largest, packed, of_some, out=largest), 0, out=least)
-        torch.mm(numbers, bounds.ge_(least), out=counted)
+        torch.mv(bounds.ge_(least).t(), weights, out=counted)
 
-    reaching, number = counts
-    indices = torch.where(reaching == 1, number, -1).long()
-    several = ((reaching > 1) & (reaching <= MAX_CODES)).nonzero()[:, 0]
-    owners, candidates = [several[:0]], [several[:0]]
+    several = with_several(sums, MOST_SUM)
+    found = [(several[:0], several[:0])]
     for some in several.split(step):
         bounds = buffer[: n_codes * len(some)].view(n_codes, -1)
         torch.mm(codes, rows.index_select(0, some).t(), out=bounds)
-        numbers_, at = bounds.ge_(lower.index_select(0, some)).nonzero().unbind(1)
-        owners.append(some.index_select(0, at))
-        candidates.append(numbers_)
-    return Candidates(indices, torch.cat(owners), torch.cat(candidates))
+        numbers, at = bounds.ge_(lower.index_select(0, some)).nonzero().unbind(1)
+        found.append((some.index_select(0, at), numbers))
+    return Candidates(only_row(sums), *joined(found))

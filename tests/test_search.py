@@ -162,7 +162,7 @@ def test_indices_do_not_depend_on_block_sizes(most_compared, monkeypatch):
         monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
         monkeypatch.setattr(candidates, "_VALUES_PER_THREAD", codes * tokens)
         for module in (whole, groups):
-            monkeypatch.setattr(module, "MAX_CODES", most)
+            monkeypatch.setattr(module, "MOST_SUM", most * 2.0**23)
         monkeypatch.setattr(packed, "_SMALL_GROUP", codes // 8)
         monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
