@@ -1,11 +1,10 @@
 """Exact nearest-code search from plain PyTorch parts, without a ``[tokens, codes]`` matrix.
 
-Scan, rescore, settle, each thread on a block of tokens of its own:
-
-1. *Scan* (:mod:`fastvq.groups`): a float32 matrix product writes upper bounds of the scores of some tokens against
-   some codes into a buffer that stays in the cache. Only the largest of each group of codes is kept.
-2. *Rescore*: for the groups that reach the best lower bound, nearly always one, the product is made again, one group
-   with all its tokens, and the codes are named whose own bound reaches.
+1. *Scan*: a float32 matrix product writes upper bounds of the scores of some tokens against some codes into a buffer
+   of which every thread finds its part in its own cache. Up to 2,048 codes (:mod:`fastvq.whole`) the codes are named
+   there whose bound reaches the best lower bound of their token, nearly always one. Of more codes
+   (:mod:`fastvq.groups`) only the largest bound of each group is kept, which names groups.
+2. *Rescore*, after groups: the product is made again, the codes of a group with all its tokens, and names codes.
 3. *Settle* (:mod:`fastvq.settle`): where more than one code remains, the oracle's own float64 arithmetic decides; a
    token with very many candidates (duplicate codes, a collapsed codebook) is searched again among the distinct codes.
 
@@ -24,7 +23,7 @@ bound rides in the product: tokens carry the extra columns ``(1, c·a)``, codes 
 product *is* an upper bound of ``S_k``, and subtracting ``2c(a·b_k + h_k)`` gives a lower bound. From the largest
 bound of a group of codes the largest norms of the group are subtracted, and the largest of these differences is below
 the best score. A small problem is searched without packing (:mod:`fastvq.small`): there the computed score itself is
-compared with the largest one less ``2c(a·b + h)``, b and h being the largest of all codes.
+compared with the largest one less ``2c(a·b + h)``, a being the largest of all tokens, b and h of all codes.
 
 **Slack.** The oracle rounds too. Its squared distances have a relative error of at most ``(D + 4)2⁻⁵³``, so that
 the true score of its winner is below the true best by at most ``4(D + 4)2⁻⁵³(a² + b²)``. The part in ``b²`` is

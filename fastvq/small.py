@@ -29,20 +29,21 @@ def fits(x: Tensor, codebook: Tensor, metric: str) -> bool:
 def search(x: Tensor, codebook: Tensor) -> Tensor | None:
     """Indices ``[N]`` int64, exact, of ``x [N, D]`` in ``codebook [K, D]`` by squared distance.
 
-    All scores, with ``m = 0`` and ``s = 1``, and the bound of the largest norms, ``c(a·b + h)``. None where a token
-    or a code may leave float32's range, and where the bound keeps too many codes.
+    All scores, with ``m = 0`` and ``s = 1``, and the bound of the largest norms, ``c(a·b + h)``. None where a token or
+    a code may leave float32's range, and where the bound keeps too many codes.
     """
     dim = x.shape[1]
     x32, codes = x.float(), codebook.float()
-    a = torch.linalg.vector_norm(x32, dim=1, keepdim=True) + 2.0**-62 * dim**0.5
     norms = torch.linalg.vector_norm(codes, dim=1)
+    a = float(torch.linalg.vector_norm(x32, dim=1).amax()) + 2.0**-62 * dim**0.5
     b = float(norms.amax()) + 2.0**-62 * dim**0.5
-    if not (float(a.amax()) < LARGEST_NORM and b < LARGEST_NORM):  # nor NaN
+    if not (a < LARGEST_NORM and b < LARGEST_NORM):  # nor NaN
         return None
     score = torch.addmm(norms.square_(), x32, codes.t(), beta=-0.5)
     # Here coordinates and products may be subnormal, and be taken for 0.
-    slack = (dim + 16) * 2.0**-126 * (1 + a + b) + 4 * (dim + 4) * 2.0**-53 * a.square()
-    reaches = score.ge_(score.amax(1, keepdim=True) - 2 * error_constant(dim) * (b * a + 0.5 * b * b) - slack)
+    slack = (dim + 16) * 2.0**-126 * (1 + a + b) + 4 * (dim + 4) * 2.0**-53 * a * a
+    margin = 2 * error_constant(dim) * (a * b + 0.5 * b * b) + slack
+    reaches = score.ge_(score.amax(1, keepdim=True) - margin)
     sums = torch.mv(reaches, row_weights(len(codes), x.device))
     indices = only_row(sums)
     several = with_several(sums)
