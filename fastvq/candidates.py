@@ -14,22 +14,20 @@ _TOKENS_PER_MAXIMA = 32
 # row if there is none. Exact in float32, for as many rows.
 _ONE = 2.0**23
 MOST_ROWS = 1 << 23
-# With more than about 64 codes left a token is crowded: it is cheaper among distinct codes, or in the oracle. Bounds the
-# memory of what is settled.
-MOST_SUM = 64 * _ONE
+# With more than about 64 codes left a token is crowded: it is cheaper among distinct codes, or in the oracle. Bounds
+# the memory of what is settled.
+_MOST_SUM = 64 * _ONE
 # A product of 512 x 512 float32 values (1 MiB) stays in the level-2 cache of one core (2 MiB: half the speed).
 _VALUES_PER_THREAD = 1 << 18
 
 
 class Candidates(NamedTuple):
-    """The codes that can win of a block of tokens.
-
-    Open remain tokens that are not finite, out of float32's range, or crowded: many codes are alike.
-    """
+    """The codes that can win of a block of tokens; none where no upper bound reaches what the token has already."""
 
     indices: Tensor  # [n] int64: the code, where only one can win, else -1
     owners: Tensor  # [pairs] int64: rows of the tokens for which several can,
     codes: Tensor  # [pairs] int64: and these codes
+    crowded: Tensor  # int64: rows of the tokens for which very many can: many codes are alike
 
 
 def product_values() -> int:
@@ -62,11 +60,16 @@ def only_row(sums: Tensor) -> Tensor:
     return torch.where((sums >= _ONE) & (sums < 2 * _ONE), sums - _ONE, -1).long()
 
 
-def with_several(sums: Tensor, most: float = torch.inf) -> Tensor:
-    """Columns with more than one, and a sum of ``most`` at most."""
-    return ((sums >= 2 * _ONE) & (sums <= most)).nonzero()[:, 0]
+def with_several(sums: Tensor) -> Tensor:
+    """Columns with more than one, but not crowded."""
+    return ((sums >= 2 * _ONE) & (sums <= _MOST_SUM)).nonzero()[:, 0]
+
+
+def is_crowded(sums: Tensor) -> Tensor:
+    """Whether there are very many in each column."""
+    return sums > _MOST_SUM
 
 
 def at_most(sums: Tensor) -> float:
-    """No fewer than there are ones in all columns, and no more than twice as many."""
+    """As many as there are ones in all columns, or up to twice as many."""
     return float(sums.double().sum()) / _ONE

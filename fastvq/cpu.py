@@ -43,12 +43,14 @@ from torch import Tensor
 
 from fastvq import groups, reference, small, whole
 from fastvq.candidates import even_pieces
-from fastvq.packed import PackedCodebook, pack
+from fastvq.packed import Frame, PackedCodebook, frame_of, pack
 from fastvq.settle import settle
 
-# Of larger codebooks, parts of this many values (32 MiB) are packed and searched one after another. Half as many cost
-# some per cent with few tokens.
-_PART_VALUES = 1 << 23
+# Codebooks are packed and searched in parts, so that memory does not grow with them: of so many codes, of more where
+# they have fewer values than the second number (4 MiB), of fewer where they have more than the third (32 MiB).
+_PART_CODES = 1 << 14
+_LEAST_PART_VALUES = 1 << 20
+_MOST_PART_VALUES = 1 << 23
 # Tokens are searched in blocks of so many, and so many values (8 MiB).
 _TOKENS_PER_BLOCK = 8192
 _VALUES_PER_BLOCK = 1 << 21
@@ -60,18 +62,24 @@ class Prepared(NamedTuple):
     metric: str
     codes: Tensor  # [K', D], as given: the finite ones
     numbers: Tensor | None  # [K'] int64, which they are, where some are not finite
-    packed: PackedCodebook | None  # where there are codes, inside the range that may be scaled
+    frame: Frame | None  # where there are codes, inside the range that may be scaled
+    packed: PackedCodebook | None  # where it is to be kept
 
 
 def prepare(codebook: Tensor, metric: str) -> Prepared:
-    """Pack the finite codes of ``codebook [K, D]``."""
+    """Pack the finite codes of ``codebook [K, D]``, all of them at once."""
+    prepared = _in_frame(codebook, metric)
+    return prepared._replace(packed=pack(prepared.codes, prepared.frame)) if prepared.frame else prepared
+
+
+def _in_frame(codebook: Tensor, metric: str) -> Prepared:
     codes, numbers, top = codebook, None, _largest(codebook)
     if top == math.inf:
         numbers = torch.isfinite(codebook).all(1).nonzero()[:, 0]
         codes = codebook[numbers]
         top = _largest(codes) if len(codes) else 0.0
-    packs = len(codes) > 0 and not _outside_scaled_range(codes)
-    return Prepared(metric, codes, numbers, pack(codes, metric, top) if packs else None)
+    scalable = len(codes) > 0 and not _outside_scaled_range(codes)
+    return Prepared(metric, codes, numbers, frame_of(codes, metric, top) if scalable else None, None)
 
 
 def nearest_code(
@@ -82,8 +90,8 @@ def nearest_code(
 ) -> Tensor:
     """Exactly :func:`fastvq.reference.nearest_code`, several times faster than materialising ``[N, K]``.
 
-    Memory beyond the inputs does not grow with N, nor with K unless the packed codebook is kept: one of at most 32 MiB,
-    and a few MiB per thread.
+    Memory beyond the inputs does not grow with N, nor with K unless the packed codebook is kept: a part of it, of 4 MiB
+    up to 64 dimensions and of at most 32, and a few MiB per thread.
 
     Args:
         x: tokens ``[N, D]``, any floating dtype.
@@ -98,48 +106,59 @@ def nearest_code(
         return torch.empty(0, dtype=torch.int64, device=x.device)
     if small.fits(x, codebook, metric) and (indices := small.search(x, codebook)) is not None:
         return indices
-    if prepare_once is None and codebook.numel() > _PART_VALUES and torch.float64 not in (x.dtype, codebook.dtype):
-        return _search_parts(x, codebook, metric)
-    return _search(x, (prepare_once or prepare)(codebook, metric))
-
-
-def _search_parts(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """:func:`nearest_code` in one part of the codebook after the other; of their winners float64 takes the nearest.
-
-    Not for float64: products that overflow have no order there.
-    """
-    parts = codebook.split(max(1, _PART_VALUES // codebook.shape[1]))
-    found = torch.stack([_search(x, prepare(part, metric)) for part in parts])
-    first = torch.arange(0, len(codebook), len(parts[0]), device=x.device)
-    part, owners = (found >= 0).nonzero().unbind(1)
-    indices = x.new_full((len(x),), -1, dtype=torch.int64)
-    settle(x, codebook, owners, found[part, owners] + first[part], metric, out=indices)
-    return indices
+    return _search(x, (prepare_once or _in_frame)(codebook, metric))
 
 
 def _search(x: Tensor, prepared: Prepared) -> Tensor:
-    """:func:`nearest_code` in a prepared codebook."""
-    metric, codebook, numbers, packed = prepared
-    if len(codebook) == 0:
+    """:func:`nearest_code` in a prepared codebook, in one part of it after the other."""
+    metric, codes, numbers, frame, packed = prepared
+    if len(codes) == 0:
         return x.new_full((len(x),), -1, dtype=torch.int64)
     if numbers is not None:
         indices = _search(x, prepared._replace(numbers=None))
         return torch.where(indices < 0, -1, numbers[indices])
-    if packed is None:
-        return reference.nearest_code(x, codebook, metric)
+    if frame is None:
+        return reference.nearest_code(x, codes, metric)
 
+    lower = torch.full((len(x),), -torch.inf, device=x.device)
+    indices = torch.full((len(x),), -1, device=x.device)
+    step = len(codes) if packed else _part_size(codes, x.dtype)
+    for first in range(0, len(codes), step):
+        part = codes[first : first + step]
+        found = _search_part(x, part, packed or pack(part, frame), lower)
+        found[found >= 0] += first
+        again = ((indices >= 0) & (found >= 0)).nonzero()[:, 0]
+        pairs = again.repeat(2), torch.cat([indices[again], found[again]])
+        indices = torch.where(found < 0, indices, found)
+        if len(again):
+            settle(x, codes, *pairs, metric, out=indices)
+    return indices
+
+
+def _part_size(codes: Tensor, dtype: torch.dtype) -> int:
+    """Codes per part; all for float64, since products that overflow have no order there."""
+    if torch.float64 in (codes.dtype, dtype):
+        return len(codes)
+    dim = codes.shape[1]
+    return max(1, _LEAST_PART_VALUES // dim, min(_PART_CODES, _MOST_PART_VALUES // dim))
+
+
+def _search_part(x: Tensor, codes: Tensor, packed: PackedCodebook, lower: Tensor) -> Tensor:
+    """Winners among ``codes`` of tokens ``[N, D]``, -1 where none reaches ``lower [N]``, which it raises."""
+    metric = packed.frame.metric
     n = even_pieces(len(x), min(_TOKENS_PER_BLOCK, _VALUES_PER_BLOCK // packed.rows.shape[2]))
-    search = whole.search if len(codebook) <= whole.MOST_CODES else groups.search
-    found = [search(some, packed) for some in x.split(n)]
+    search = whole.search if len(codes) <= whole.MOST_CODES else groups.search
+    found = [search(some, packed, least) for some, least in zip(x.split(n), lower.split(n), strict=True)]
     indices = torch.cat([block.indices for block in found])
     owners = torch.cat([block.owners + i * n for i, block in enumerate(found)])
     if len(owners):
-        settle(x, codebook, owners, torch.cat([block.codes for block in found]), metric, out=indices)
-    is_open = (indices < 0).nonzero()[:, 0]
-    if len(is_open):
-        is_open = is_open[torch.isfinite(x[is_open]).all(1)]
-    if len(is_open):
-        indices[is_open] = _search_distinct(x[is_open], codebook, metric)
+        settle(x, codes, owners, torch.cat([block.codes for block in found]), metric, out=indices)
+    # Tokens out of float32's range have NaN as a bound, like those that are not finite.
+    left = lower.isnan().nonzero()[:, 0]
+    left = left[torch.isfinite(x[left]).all(1)]
+    left = torch.cat([left, *(block.crowded + i * n for i, block in enumerate(found))])
+    if len(left):
+        indices[left] = _search_distinct(x[left], codes, packed.frame)
     return indices
 
 
@@ -150,20 +169,20 @@ def _largest(rows: Tensor) -> float:
     return top if top < math.inf else math.inf
 
 
-def _search_distinct(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+def _search_distinct(x: Tensor, codebook: Tensor, frame: Frame) -> Tensor:
     """For tokens with many candidates: codes that occur twice are searched once, else the oracle answers."""
     # Rows of different weighted sums differ, and many different sums save the sorting of rows, a third of the oracle's
     # time with few tokens and short codes.
     weights = torch.arange(1, codebook.shape[1] + 1, dtype=torch.float64, device=x.device).sqrt()
     if 2 * len(torch.unique((codebook * weights).sum(1))) > len(codebook):
-        return reference.nearest_code(x, codebook, metric)
+        return reference.nearest_code(x, codebook, frame.metric)
     distinct, inverse = torch.unique(codebook, dim=0, return_inverse=True)
     if 2 * len(distinct) > len(codebook):
-        return reference.nearest_code(x, codebook, metric)
+        return reference.nearest_code(x, codebook, frame.metric)
     first = torch.full((len(distinct),), len(codebook), device=x.device)
     first.scatter_reduce_(0, inverse, torch.arange(len(codebook), device=x.device), "amin")
     first = first.sort().values
-    return first[_search(x, prepare(codebook[first], metric))]
+    return first[_search(x, Prepared(frame.metric, codebook[first], None, frame, None))]
 
 
 def _outside_scaled_range(codebook: Tensor) -> bool:

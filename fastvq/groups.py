@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastvq.candidates import (
-    MOST_SUM,
     Candidates,
     even_pieces,
+    is_crowded,
     joined,
     only_row,
     product_values,
@@ -29,38 +29,38 @@ _PAIRS = 1 << 15
 _TOKENS_PER_BATCH = 32
 
 
-def search(x: Tensor, packed: PackedCodebook) -> Candidates:
-    """Candidates of one block of tokens ``[n, D]``: scan, and rescore the groups that reach."""
-    n = len(x)
-    n_groups, group, width = packed.rows.shape
+def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
+    """Candidates of one block of tokens ``[n, D]``: scan, and rescore the groups that reach.
+
+    Raises ``lower [n]``, the best lower bounds that are known of the tokens; NaN where a token may not be compared.
+    """
+    n, n_groups, width = len(x), len(packed.rows), packed.rows.shape[2]
     rows = torch.empty(n, width, device=x.device)
-    to_lower = pack_tokens(x, packed, out=rows)
-    lower = torch.empty(n, device=x.device)
+    to_lower = pack_tokens(x, packed.frame, out=rows)
     # The maxima of so many tokens stay in the cache as well.
     step = even_pieces(n, max(_TOKENS_PER_PRODUCT, product_values() // n_groups))
+    in_reach, sums = torch.zeros(2, n, device=x.device)
     pieces = []
-    for i, some, of_some, least in zip(range(0, n, step), rows.split(step), to_lower.split(step, 1), lower.split(step)):
-        owners, groups = _reaching(some.t(), packed, of_some, least)
+    for i in range(0, n, step):
+        some = slice(i, i + step)
+        owners, groups = _reaching(rows[some].t(), packed, to_lower[:, some], lower[some], in_reach[some])
         pieces.append((owners + i, groups))
-    owners, groups = joined(pieces)
-    sums = torch.zeros(n, device=x.device)
-    owners, codes = joined(
-        [
-            _rescore(of, among, rows, lower, packed, sums)
-            for of, among in zip(owners.split(_PAIRS), groups.split(_PAIRS), strict=True)
-        ]
-    )
+    pairs = zip(*(of_all.split(_PAIRS) for of_all in joined(pieces)), strict=True)
+    owners, codes = joined([_rescore(*some, rows, lower, packed, sums) for some in pairs])
 
-    n_codes = torch.bincount(owners, minlength=n).masked_fill_(sums > MOST_SUM, 0)
+    crowded = is_crowded(torch.maximum(in_reach, sums))
+    n_codes = torch.bincount(owners, minlength=n).masked_fill_(crowded, 0)
     indices = torch.full((n,), -1, device=x.device).index_copy_(0, owners, codes).masked_fill_(n_codes != 1, -1)
     left = (n_codes.index_select(0, owners) > 1).nonzero()[:, 0]
-    return Candidates(indices, owners.index_select(0, left), codes.index_select(0, left))
+    return Candidates(indices, owners.index_select(0, left), codes.index_select(0, left), crowded.nonzero()[:, 0])
 
 
-def _reaching(tokens: Tensor, packed: PackedCodebook, to_lower: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+def _reaching(
+    tokens: Tensor, packed: PackedCodebook, to_lower: Tensor, lower: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor]:
     """Pairs of token and group with an upper bound that reaches the token's best lower bound, for ``[D + 2, n]``.
 
-    Writes that bound to ``lower [n]``. No pairs of a crowded token.
+    Raises ``lower [n]`` first and writes ``sums [n]``, which tell how many there are. No pairs of a crowded token.
     """
     n_groups, group, width = packed.rows.shape
     n_tokens, n = tokens.shape[1], min(tokens.shape[1], _TOKENS_PER_PRODUCT)
@@ -75,10 +75,10 @@ def _reaching(tokens: Tensor, packed: PackedCodebook, to_lower: Tensor, lower: T
             torch.mm(codes, some, out=bounds)
             torch.amax(bounds.view(-1, group, some.shape[1]), 1, out=largest)
 
-    torch.amax(add_to_bounds(maxima, packed, to_lower), 0, out=lower)
+    torch.maximum(lower, add_to_bounds(maxima, packed, to_lower).amax(0), out=lower)
     reaches = maxima.ge_(lower).t()
-    sums = torch.mv(reaches, row_weights(n_groups, tokens.device))
-    only, several = only_row(sums), with_several(sums, MOST_SUM)
+    torch.mv(reaches, row_weights(n_groups, tokens.device), out=sums)
+    only, several = only_row(sums), with_several(sums)
     single = (only >= 0).nonzero()[:, 0]
     at, groups = reaches.index_select(0, several).nonzero().unbind(1)
     return joined([(single, only.index_select(0, single)), (several.index_select(0, at), groups)])
@@ -108,7 +108,7 @@ def _rescore(
     reaches = bounds.view(-1, group).ge_(limits[:, None])
     in_group = torch.mv(reaches, row_weights(group, tokens.device))
     sums.index_add_(0, owners, in_group)
-    in_group *= sums.index_select(0, owners) <= MOST_SUM
+    in_group.masked_fill_(is_crowded(sums).index_select(0, owners), 0)
     only, several = only_row(in_group), with_several(in_group)
     one = (only >= 0).nonzero()[:, 0]
     pairs, members = reaches.index_select(0, several).nonzero().unbind(1)

@@ -25,12 +25,18 @@ _CODES_PER_COLUMN = 128
 _TOP_EXPONENT = 32
 
 
-class PackedCodebook(NamedTuple):
-    """Codes in groups of ``G``, padded with codes that cannot win; columns as in :mod:`fastvq.cpu`."""
+class Frame(NamedTuple):
+    """The coordinates in which tokens and codes are compared."""
 
     metric: str
     shift: Tensor  # [D] float64, exactly representable in float32: m
     scale: float  # a power of two: s
+
+
+class PackedCodebook(NamedTuple):
+    """Codes in groups of ``G``, padded with codes that cannot win; columns as in :mod:`fastvq.cpu`."""
+
+    frame: Frame
     rows: Tensor  # [groups, G, D + 2] float32
     norms: Tensor  # [groups, 3] float32: largest b_k and largest h_k of a group, 1
 
@@ -41,8 +47,8 @@ def error_constant(dim: int) -> float:
     return nu / (1 - nu)
 
 
-def pack(codebook: Tensor, metric: str, top: float) -> PackedCodebook:
-    """Pack finite codes ``[K, D]`` whose largest magnitude is ``top``."""
+def frame_of(codebook: Tensor, metric: str, top: float) -> Frame:
+    """The frame of finite codes ``[K, D]`` whose largest magnitude is ``top``."""
     n_codes, dim = codebook.shape
     shift = torch.zeros(dim, dtype=torch.float64, device=codebook.device)
     if metric == "euclidean":
@@ -52,21 +58,24 @@ def pack(codebook: Tensor, metric: str, top: float) -> PackedCodebook:
         top += float(shift.abs().max())
     elif metric == "cosine":
         top = 1.0
-    scale = 2.0 ** (_TOP_EXPONENT - math.frexp(top)[1]) if top > 0 else 1.0
+    return Frame(metric, shift, 2.0 ** (_TOP_EXPONENT - math.frexp(top)[1]) if top > 0 else 1.0)
 
+
+def pack(codebook: Tensor, frame: Frame) -> PackedCodebook:
+    """Pack finite codes ``[K, D]``."""
+    n_codes, dim = codebook.shape
     group = _GROUP if n_codes >= _CODES_PER_COLUMN * dim else _SMALL_GROUP
     n_groups = -(-n_codes // group)
     rows = torch.empty(n_groups, group, dim + 2, device=codebook.device)
     norms = torch.ones(n_groups, 3, device=codebook.device)
-    packed = PackedCodebook(metric, shift, scale, rows, norms)
     step = max(1, _PIECE_VALUES // (group * (dim + 2)))
     pieces = (codebook.split(step * group), rows.split(step), norms.split(step))
     for codes, some, of_some in zip(*pieces, strict=True):
-        _pack_groups(codes, packed, some, of_some)
-    return packed
+        _pack_groups(codes, frame, some, of_some)
+    return PackedCodebook(frame, rows, norms)
 
 
-def _pack_groups(codes: Tensor, packed: PackedCodebook, out: Tensor, largest: Tensor) -> None:
+def _pack_groups(codes: Tensor, frame: Frame, out: Tensor, largest: Tensor) -> None:
     """Fill some groups of the packed codebook, ``out [groups, G, D + 2]`` and ``largest [groups, 3]``."""
     _, group, width = out.shape
     dim = width - 2
@@ -75,27 +84,27 @@ def _pack_groups(codes: Tensor, packed: PackedCodebook, out: Tensor, largest: Te
         rows[len(codes) :] = 0
         rows[len(codes) :, dim] = -torch.inf
     filled = rows[: len(codes)]
-    if packed.metric == "cosine":
+    if frame.metric == "cosine":
         codes = codes.double()
         norms = reference.code_norms(codes.t())[:, None]
         codes = torch.where(norms > 0, codes / norms, 0.0)
-    _scale(codes, packed, out=filled[:, :dim])
+    _scale(codes, frame, out=filled[:, :dim])
     b = torch.linalg.vector_norm(rows[:, :dim], dim=1)
-    h = 0.5 * b.square() if packed.metric == "euclidean" else torch.zeros_like(b)
+    h = 0.5 * b.square() if frame.metric == "euclidean" else torch.zeros_like(b)
     b += 2.0**-62 * dim**0.5
     filled[:, dim] = -(1 - error_constant(dim)) * h[: len(codes)]
     rows[:, dim + 1] = b
     largest[:, :2] = torch.stack([b, h], 1).view(-1, group, 2).amax(1)
 
 
-def _scale(values: Tensor, packed: PackedCodebook, out: Tensor) -> None:
+def _scale(values: Tensor, frame: Frame, out: Tensor) -> None:
     """``s(v - m)`` with one rounding, or one to float64 before it where float32 does not hold the input or s."""
-    in_float32 = values.dtype != torch.float64 and 2.0**-64 < packed.scale < 2.0**64
+    in_float32 = values.dtype != torch.float64 and 2.0**-64 < frame.scale < 2.0**64
     dtype = torch.float32 if in_float32 else torch.float64
-    torch.add((-packed.scale * packed.shift).to(dtype), values.to(dtype), alpha=packed.scale, out=out)
+    torch.add((-frame.scale * frame.shift).to(dtype), values.to(dtype), alpha=frame.scale, out=out)
 
 
-def pack_tokens(x: Tensor, packed: PackedCodebook, out: Tensor) -> Tensor:
+def pack_tokens(x: Tensor, frame: Frame, out: Tensor) -> Tensor:
     """Write tokens ``x [n, D]`` with their columns to ``out [n, D + 2]`` float32; NaN where one may not be compared.
 
     Returns:
@@ -103,8 +112,8 @@ def pack_tokens(x: Tensor, packed: PackedCodebook, out: Tensor) -> Tensor:
     """
     dim = x.shape[1]
     c = error_constant(dim)
-    if packed.metric == "euclidean":
-        _scale(x, packed, out=out[:, :dim])
+    if frame.metric == "euclidean":
+        _scale(x, frame, out=out[:, :dim])
     else:
         exponents = torch.frexp(x.double().abs().amax(1, keepdim=True)).exponent
         out[:, :dim] = torch.ldexp(x.double(), -exponents)
@@ -113,7 +122,7 @@ def pack_tokens(x: Tensor, packed: PackedCodebook, out: Tensor) -> Tensor:
     a.masked_fill_(~(a < LARGEST_NORM), torch.nan)
     out[:, dim], out[:, dim + 1] = 1.0, c * a
     slack = (dim + 16) * (2.0**-112 + 2.0**-148 * a)
-    if packed.metric == "euclidean":
+    if frame.metric == "euclidean":
         slack += 4 * (dim + 4) * 2.0**-53 * a.square()
     return torch.stack([-2 * c * a, torch.full_like(a, -2 * c), -slack])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.candidates import MOST_ROWS, at_most, only_row, row_weights, with_several
+from fastvq.candidates import MOST_ROWS, at_most, is_crowded, only_row, row_weights, with_several
 from fastvq.packed import LARGEST_NORM, error_constant
 from fastvq.settle import settle
 
@@ -47,9 +47,9 @@ def search(x: Tensor, codebook: Tensor) -> Tensor | None:
     sums = torch.mv(reaches, row_weights(len(codes), x.device))
     indices = only_row(sums)
     several = with_several(sums)
+    if is_crowded(sums).any() or at_most(sums.index_select(0, several)) > _FEW_PAIRS:
+        return None
     if len(several):
-        if at_most(sums.index_select(0, several)) > _FEW_PAIRS:
-            return None
         pairs, candidates = reaches.index_select(0, several).nonzero().unbind(1)
         settle(x, codebook, several.index_select(0, pairs), candidates, "euclidean", out=indices)
     return indices

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastvq.candidates import (
-    MOST_SUM,
     Candidates,
     even_pieces,
+    is_crowded,
     joined,
     only_row,
     product_values,
@@ -25,8 +25,11 @@ from fastvq.packed import PackedCodebook, add_to_bounds, pack_tokens
 MOST_CODES = 2048
 
 
-def search(x: Tensor, packed: PackedCodebook) -> Candidates:
-    """Candidates of one block of tokens ``[n, D]``: the bounds of all codes, compared where they are."""
+def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
+    """Candidates of one block of tokens ``[n, D]``: the bounds of all codes, compared where they are.
+
+    Raises ``lower [n]``, the best lower bounds that are known of the tokens; NaN where a token may not be compared.
+    """
     n = len(x)
     n_groups, group, width = packed.rows.shape
     n_codes = n_groups * group
@@ -36,24 +39,24 @@ def search(x: Tensor, packed: PackedCodebook) -> Candidates:
     sizes = [n * width, n_codes * step, n_groups * step]
     rows, buffer, maxima = torch.empty(sum(sizes), device=x.device).split(sizes)
     rows = rows.view(n, width)
-    to_lower = pack_tokens(x, packed, out=rows)
+    to_lower = pack_tokens(x, packed.frame, out=rows)
 
     codes, weights = packed.rows.view(n_codes, width), row_weights(n_codes, x.device)
-    lower, sums = torch.empty(2, n, device=x.device)
+    sums = torch.empty(n, device=x.device)
     pieces = zip(rows.t().split(step, 1), to_lower.split(step, 1), lower.split(step), sums.split(step), strict=True)
     for some, of_some, least, counted in pieces:
         bounds = buffer[: n_codes * len(least)].view(n_codes, -1)
         largest = maxima[: n_groups * len(least)].view(n_groups, -1)
         torch.mm(codes, some, out=bounds)
         torch.amax(bounds.view(n_groups, group, -1), 1, out=largest)
-        torch.amax(add_to_bounds(largest, packed, of_some, out=largest), 0, out=least)
+        torch.maximum(least, add_to_bounds(largest, packed, of_some, out=largest).amax(0), out=least)
         torch.mv(bounds.ge_(least).t(), weights, out=counted)
 
-    several = with_several(sums, MOST_SUM)
+    several = with_several(sums)
     found = [(several[:0], several[:0])]
     for some in several.split(step):
         bounds = buffer[: n_codes * len(some)].view(n_codes, -1)
         torch.mm(codes, rows.index_select(0, some).t(), out=bounds)
         numbers, at = bounds.ge_(lower.index_select(0, some)).nonzero().unbind(1)
         found.append((some.index_select(0, at), numbers))
-    return Candidates(only_row(sums), *joined(found))
+    return Candidates(only_row(sums), *joined(found), is_crowded(sums).nonzero()[:, 0])

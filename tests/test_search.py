@@ -96,7 +96,8 @@ def test_indices_equal_float64_in_parts_of_the_codebook(problem, codes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small, "FEW_TOKENS", 0)
         patch.setattr(small, "FEW_SCORES", 0)
-        patch.setattr(cpu, "_PART_VALUES", codes * x.shape[1])
+        patch.setattr(cpu, "_PART_CODES", codes)
+        patch.setattr(cpu, "_LEAST_PART_VALUES", 0)
         assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
 
 
@@ -161,8 +162,7 @@ def test_indices_do_not_depend_on_block_sizes(most_compared, monkeypatch):
         monkeypatch.setattr(groups, "_PAIRS", values)
         monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
         monkeypatch.setattr(candidates, "_VALUES_PER_THREAD", codes * tokens)
-        for module in (whole, groups):
-            monkeypatch.setattr(module, "MOST_SUM", most * 2.0**23)
+        monkeypatch.setattr(candidates, "_MOST_SUM", most * 2.0**23)
         monkeypatch.setattr(packed, "_SMALL_GROUP", codes // 8)
         monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
