@@ -45,8 +45,9 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
         some = slice(i, i + step)
         owners, groups = _reaching(rows[some].t(), packed, to_lower[:, some], lower[some], in_reach[some])
         pieces.append((owners + i, groups))
-    pairs = zip(*(of_all.split(_PAIRS) for of_all in joined(pieces)), strict=True)
-    owners, codes = joined([_rescore(*some, rows, lower, packed, sums) for some in pairs])
+    owners, groups = joined(pieces)
+    pairs = zip(owners.split(_PAIRS), groups.split(_PAIRS), strict=True)
+    owners, codes = joined([_rescore(of, among, rows, lower, packed, sums) for of, among in pairs])
 
     crowded = is_crowded(torch.maximum(in_reach, sums))
     n_codes = torch.bincount(owners, minlength=n).masked_fill_(crowded, 0)
@@ -96,15 +97,14 @@ def _rescore(
     """
     n_groups, group, width = packed.rows.shape
     owners, groups, limits = _in_batches(owners, groups, lower, n_groups)
-    step = max(1, product_values() // (group * width))  # batches per product
+    step = max(1, min(len(groups), product_values() // (group * width)))  # batches per product
     bounds = torch.empty(len(groups), _TOKENS_PER_BATCH, group, device=tokens.device)
-    gathered = torch.empty(min(step, len(groups)), group + _TOKENS_PER_BATCH, width, device=tokens.device)
-    codes, some = gathered.view(-1, width).split([len(gathered) * group, len(gathered) * _TOKENS_PER_BATCH])
-    codes = codes.view(-1, group, width)
+    codes = torch.empty(step, group, width, device=tokens.device)
+    some = torch.empty(step * _TOKENS_PER_BATCH, width, device=tokens.device)
     for of, at, out in zip(groups.split(step), owners.split(step * _TOKENS_PER_BATCH), bounds.split(step), strict=True):
         torch.index_select(packed.rows, 0, of, out=codes[: len(of)])
         torch.index_select(tokens, 0, at, out=some[: len(at)])
-        torch.bmm(some[: len(at)].view(len(of), -1, width), codes[: len(of)].mT, out=out)
+        torch.bmm(some[: len(at)].view(len(of), _TOKENS_PER_BATCH, width), codes[: len(of)].mT, out=out)
     reaches = bounds.view(-1, group).ge_(limits[:, None])
     in_group = torch.mv(reaches, row_weights(group, tokens.device))
     sums.index_add_(0, owners, in_group)

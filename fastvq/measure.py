@@ -78,9 +78,8 @@ def peak_extra_memory(function: Callable[[], object], device: torch.device) -> i
     """Bytes that PyTorch's allocator holds at the peak of one call, beyond what it held before.
 
     On CUDA and ROCm: ``max_memory_allocated`` during the call minus ``memory_allocated`` before it. On the CPU: the
-    largest partial sum of the allocations and releases that the profiler records, on one thread: those of other
-    threads it would not see, and each further thread of the search has buffers of its own of a few MiB. Scratch
-    space that a library takes without PyTorch's allocator is in neither.
+    largest partial sum of the allocations and releases that the profiler records, those of this thread. Scratch space
+    that a library takes without PyTorch's allocator is in neither.
 
     Args:
         function: called once; its result is dropped before the next measurement, not before the peak.
@@ -97,13 +96,8 @@ def peak_extra_memory(function: Callable[[], object], device: torch.device) -> i
     gc.collect()
     # Read when the profiler first starts: keeps its progress messages off the terminal.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-            function()
-    finally:
-        torch.set_num_threads(threads)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        function()
     recorder = recorded.profiler
     if recorder is None or recorder.kineto_results is None:
         raise RuntimeError("the PyTorch profiler returned no events")

@@ -41,7 +41,6 @@ def test_peak_extra_memory_sees_what_a_search_on_several_threads_allocates():
     torch.set_num_threads(2)
     try:
         peak = peak_extra_memory(lambda: fastvq.nearest_code(x, codebook), CPU)
-        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     assert peak >= 4 * codebook.numel()  # the packed codebook

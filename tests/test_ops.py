@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastvq
 
@@ -73,7 +74,7 @@ def test_functions_compile_in_one_graph():
 
 def test_number_of_tokens_may_change_without_recompiling_for_each():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     module = fastvq.EMACodebook(24, 8).eval()
     compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
     for n in (30, 31, 64, 500):
@@ -117,7 +118,7 @@ def test_every_option_trains_in_one_graph_that_equals_eager(options):
 
 def test_training_compiles_for_the_first_batch_and_for_fewer_tokens_than_codes_only():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fastvq.EMACodebook(24, 8, no_random_restart=False), fullgraph=True, backend=counter)
     counts = []
     for n in (30, 31, 64, 500, 25, 20, 7, 9, 100):

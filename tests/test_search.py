@@ -10,11 +10,17 @@ import fastvq
 from fastvq import candidates, cpu, groups, packed, reference, settle, small, whole
 
 
-@pytest.fixture(autouse=True, scope="module", params=[small.FEW_SCORES, 0], ids=["small unpacked", "all packed"])
-def few_scores(request):
-    """Small problems are searched without packing, and in the other half of the tests as large ones are."""
+@pytest.fixture(
+    autouse=True,
+    scope="module",
+    params=[(small.FEW_SCORES, whole.MOST_CODES), (0, 1 << 20), (0, 0)],
+    ids=["by size", "whole", "groups"],
+)
+def way(request):
+    """The way to search follows from the size of a problem; two thirds of the tests take that of larger ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small, "FEW_SCORES", request.param)
+        patch.setattr(small, "FEW_SCORES", request.param[0])
+        patch.setattr(whole, "MOST_CODES", request.param[1])
         yield
 
 
@@ -150,12 +156,9 @@ def test_indices_do_not_depend_on_the_number_of_threads(threads):
     assert torch.equal(indices, reference.nearest_code(x, codebook))
 
 
-@pytest.mark.parametrize("most_compared", [0, 1 << 20], ids=["groups", "whole"])
-def test_indices_do_not_depend_on_block_sizes(most_compared, monkeypatch):
+def test_indices_do_not_depend_on_block_sizes(monkeypatch):
     x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
     expected = reference.nearest_code(x, codebook)
-    monkeypatch.setattr(small, "FEW_SCORES", 0)
-    monkeypatch.setattr(whole, "MOST_CODES", most_compared)
     for tokens, codes, values, most in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
         monkeypatch.setattr(cpu, "_TOKENS_PER_BLOCK", 3 * tokens)
         monkeypatch.setattr(groups, "_TOKENS_PER_PRODUCT", tokens)
