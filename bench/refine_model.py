@@ -93,9 +93,9 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCo
     row_tiles = math.ceil(per_head / tiles.block_m)
     scanned = 0.0  # steps of all tiles
     if row_tiles:
-        # A tile needs a range if one of its tokens does; where that was not counted, every range.
-        all_ranges = counts["open"] * counts["ranges"]
-        share = 1 - (1 - counts.get("again", all_ranges) / all_ranges) ** (per_head / row_tiles)
+        # A tile needs a range if one of its tokens does. Few open tokens were counted: one range more than they need.
+        needed = (counts["again"] + 1) / (counts["open"] * counts["ranges"] + 1)
+        share = 1 - (1 - needed) ** (per_head / row_tiles)
         scanned = problem.heads * row_tiles * share * triton.cdiv(problem.codes, tiles.block_n)
     parts = min(2, products(problem.dim) // packed_width(problem.dim))
     rows_read = tiles.block_n
