@@ -90,8 +90,8 @@ def nearest_code(
 ) -> Tensor:
     """Exactly :func:`fastvq.reference.nearest_code`, several times faster than materialising ``[N, K]``.
 
-    Memory beyond the inputs does not grow with N, nor with K unless the packed codebook is kept: a part of it, of 4 MiB
-    up to 64 dimensions and of at most 32, and a few MiB per thread.
+    Memory beyond a few numbers per token does not grow with N, nor with K unless the packed codebook is kept: a part of
+    it, of 4 MiB up to 64 dimensions and of at most 32, some 10 MiB for a block of tokens, and 1 per thread.
 
     Args:
         x: tokens ``[N, D]``, any floating dtype.

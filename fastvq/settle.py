@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastvq import reference
 
-# Pairs are settled in pieces of this many float64 values (8 MiB).
-_SETTLE_VALUES = 1 << 20
+# Pairs are settled in pieces of this many float64 values (1 MiB), of which there are four at a time.
+_SETTLE_VALUES = 1 << 17
 
 
 def settle(x: Tensor, codebook: Tensor, owners: Tensor, candidates: Tensor, metric: str, out: Tensor) -> None:

@@ -46,6 +46,12 @@ def test_peak_extra_memory_sees_what_a_search_on_several_threads_allocates():
     assert peak >= 4 * codebook.numel()  # the packed codebook
 
 
+def test_memory_of_a_search_does_not_grow_with_the_codes():
+    x, codebook = torch.randn(512, 64), torch.randn(1 << 17, 64)
+    part = peak_extra_memory(lambda: fastvq.nearest_code(x, codebook[: 1 << 15]), CPU)
+    assert peak_extra_memory(lambda: fastvq.nearest_code(x, codebook), CPU) == pytest.approx(part, rel=0.05)
+
+
 @pytest.mark.gpu
 def test_peak_extra_memory_on_a_gpu():
     device = torch.device("cuda")
