@@ -75,10 +75,11 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCo
     """
     tokens = problem.heads * problem.tokens
     config = sm_90_config(problem.dim)
-    tiles = rescan_config(packed_width(problem.dim), "sm_90")
+    width, depth = packed_width(problem.dim), products(problem.dim)
+    tiles = rescan_config(width, "sm_90")
     bins = BIN * config.lanes * ranges_on_gpu(problem, config)  # bytes per token
     row = SECTOR * triton.cdiv(4 * problem.dim, SECTOR)  # bytes of a token or code
-    half = 2 * packed_width(problem.dim)  # bytes of one fp16 part of it
+    half = 2 * width  # bytes of one fp16 part of it
     n_open = tokens * counts["open"] / counts["tokens"]
     n_two = tokens * counts["by_two"] / counts["tokens"] + n_open
     n_hard = tokens * counts["hard"] / counts["tokens"]
@@ -97,12 +98,11 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCo
         needed = (counts["again"] + 1) / (counts["open"] * counts["ranges"] + 1)
         share = 1 - (1 - needed) ** (per_head / row_tiles)
         scanned = problem.heads * row_tiles * share * triton.cdiv(problem.codes, tiles.block_n)
-    parts = min(2, products(problem.dim) // packed_width(problem.dim))
+    parts = min(2, depth // width)
     rows_read = tiles.block_n
-    if packed_width(problem.dim) > tiles.resident:
+    if width > tiles.resident:
         rows_read += per_head / max(1, row_tiles)
     read = scanned * rows_read * parts * half / L2_RATE
-    depth = products(problem.dim)
     multiplied = modelled_time(tiles.block_m, tiles.block_n, depth, cost).seconds * scanned
     return {
         "bins": (tokens + SHARES * n_hard) * bins / of_bins,

@@ -13,7 +13,7 @@ _TOKENS_PER_MAXIMA = 32
 # What a one in row k adds to the sum of its column is k more than this: the sum tells whether there is another, and the
 # row if there is none. Exact in float32, for as many rows.
 _ONE = 2.0**23
-MOST_ROWS = 1 << 23
+MOST_ROWS = int(_ONE)
 # With more than about 64 codes left a token is crowded: it is cheaper among distinct codes, or in the oracle. Bounds
 # the memory of what is settled.
 _MOST_SUM = 64 * _ONE

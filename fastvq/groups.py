@@ -18,7 +18,7 @@ from fastvq.candidates import (
     row_weights,
     with_several,
 )
-from fastvq.packed import PackedCodebook, add_to_bounds, pack_tokens
+from fastvq.packed import PackedCodebook, pack_tokens, raise_lower
 
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
 _TOKENS_PER_PRODUCT = 512
@@ -76,7 +76,7 @@ def _reaching(
             torch.mm(codes, some, out=bounds)
             torch.amax(bounds.view(-1, group, some.shape[1]), 1, out=largest)
 
-    torch.maximum(lower, add_to_bounds(maxima, packed, to_lower).amax(0), out=lower)
+    raise_lower(lower, maxima, packed, to_lower)
     reaches = maxima.ge_(lower).t()
     torch.mv(reaches, row_weights(n_groups, tokens.device), out=sums)
     only, several = only_row(sums), with_several(sums)

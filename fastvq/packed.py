@@ -108,7 +108,7 @@ def pack_tokens(x: Tensor, frame: Frame, out: Tensor) -> Tensor:
     """Write tokens ``x [n, D]`` with their columns to ``out [n, D + 2]`` float32; NaN where one may not be compared.
 
     Returns:
-        ``[3, n]``: what :func:`add_to_bounds` multiplies by the norms of a group.
+        ``[3, n]``: what :func:`raise_lower` multiplies by the norms of a group.
     """
     dim = x.shape[1]
     c = error_constant(dim)
@@ -127,9 +127,12 @@ def pack_tokens(x: Tensor, frame: Frame, out: Tensor) -> Tensor:
     return torch.stack([-2 * c * a, torch.full_like(a, -2 * c), -slack])
 
 
-def add_to_bounds(bounds: Tensor, packed: PackedCodebook, to_lower: Tensor, out: Tensor | None = None) -> Tensor:
-    """From the largest upper bounds of groups ``[groups, n]`` lower bounds of what the best code scores.
+def raise_lower(
+    lower: Tensor, maxima: Tensor, packed: PackedCodebook, to_lower: Tensor, out: Tensor | None = None
+) -> None:
+    """Raise ``lower [n]``, lower bounds of what the best code scores, by the largest upper bounds of groups.
 
-    ``bound - 2c(a·b + h) - slack``, with the largest norms of the group.
+    Of ``maxima [groups, n]`` less ``2c(a·b + h)`` and the slack, with the largest norms of each group, the largest. The
+    differences take the place of ``out``, which may be ``maxima``.
     """
-    return torch.addmm(bounds, packed.norms, to_lower, out=out)
+    torch.maximum(lower, torch.addmm(maxima, packed.norms, to_lower, out=out).amax(0), out=lower)
