@@ -153,15 +153,17 @@ def main(
                     save()
                 if stopping:
                     break
+
         if len(history) < steps:
             console.print(f"interrupted after step {len(history)}; the same command continues")
-            raise typer.Exit(130)
-
-        check_same_codebook(model.codebook, world_size)
-        if rank == 0:
-            seconds = time.perf_counter() - start
-            quality = write_pictures(model.eval(), held_out, crop, torch.tensor(history), out)
-            console.print(f"{seconds:.0f} s, PSNR of the held-out crops {quality:.2f} dB; written to {out}{os.sep}")
+        else:
+            check_same_codebook(model.codebook, world_size)
+            if rank == 0:
+                seconds = time.perf_counter() - start
+                quality = write_pictures(model.eval(), held_out, crop, torch.tensor(history), out)
+                console.print(f"{seconds:.0f} s, PSNR of the held-out crops {quality:.2f} dB; written to {out}{os.sep}")
+    if len(history) < steps:
+        raise typer.Exit(130)
 
 
 @contextmanager
@@ -173,9 +175,13 @@ def process_group(device: torch.device) -> Iterator[tuple[torch.device, int, int
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield device, dist.get_rank(), dist.get_world_size()
+        # A process aborts if it ends while gloo's threads still hold tensors of the last exchange.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
