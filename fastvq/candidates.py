@@ -14,9 +14,9 @@ _TOKENS_PER_MAXIMA = 32
 # row if there is none. Exact in float32, for as many rows.
 _ONE = 2.0**23
 MOST_ROWS = int(_ONE)
-# With more than about 64 codes left a token is crowded: it is cheaper among distinct codes, or in the oracle. Bounds
-# the memory of what is settled.
-_MOST_SUM = 64 * _ONE
+# With more codes left a token is crowded: it is cheaper among distinct codes, or in the oracle. Bounds the memory of
+# what is settled.
+_MOST = 64
 # A product of 512 x 512 float32 values (1 MiB) stays in the level-2 cache of one core (2 MiB: half the speed).
 _VALUES_PER_THREAD = 1 << 18
 
@@ -60,14 +60,14 @@ def only_row(sums: Tensor) -> Tensor:
     return torch.where((sums >= _ONE) & (sums < 2 * _ONE), sums - _ONE, -1).long()
 
 
-def with_several(sums: Tensor) -> Tensor:
+def with_several(sums: Tensor, most: int | None = None) -> Tensor:
     """Columns with more than one, but not crowded."""
-    return ((sums >= 2 * _ONE) & (sums <= _MOST_SUM)).nonzero()[:, 0]
+    return ((sums >= 2 * _ONE) & ~is_crowded(sums, most)).nonzero()[:, 0]
 
 
-def is_crowded(sums: Tensor) -> Tensor:
-    """Whether there are very many in each column."""
-    return sums > _MOST_SUM
+def is_crowded(sums: Tensor, most: int | None = None) -> Tensor:
+    """Whether there are very many in each column, or more than ``most``."""
+    return sums >= ((_MOST if most is None else most) + 1) * _ONE
 
 
 def at_most(sums: Tensor) -> float:

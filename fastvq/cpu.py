@@ -36,12 +36,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvq import groups, reference, small, whole
+from fastvq import coarse, groups, reference, small, whole
 from fastvq.candidates import even_pieces
 from fastvq.packed import Frame, PackedCodebook, frame_of, pack
 from fastvq.settle import settle
@@ -69,7 +70,10 @@ class Prepared(NamedTuple):
 def prepare(codebook: Tensor, metric: str) -> Prepared:
     """Pack the finite codes of ``codebook [K, D]``, all of them at once."""
     prepared = _in_frame(codebook, metric)
-    return prepared._replace(packed=pack(prepared.codes, prepared.frame)) if prepared.frame else prepared
+    if prepared.frame is None:
+        return prepared
+    in_bfloat16 = coarse.pays(math.inf, *prepared.codes.shape)
+    return prepared._replace(packed=pack(prepared.codes, prepared.frame, in_bfloat16))
 
 
 def _in_frame(codebook: Tensor, metric: str) -> Prepared:
@@ -125,7 +129,7 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     step = len(codes) if packed else _part_size(codes, x.dtype)
     for first in range(0, len(codes), step):
         part = codes[first : first + step]
-        found = _search_part(x, part, packed or pack(part, frame), lower)
+        found = _search_part(x, part, packed or pack(part, frame, coarse.pays(len(x), *part.shape)), lower)
         found[found >= 0] += first
         again = ((indices >= 0) & (found >= 0)).nonzero()[:, 0]
         pairs = again.repeat(2), torch.cat([indices[again], found[again]])
@@ -148,6 +152,8 @@ def _search_part(x: Tensor, codes: Tensor, packed: PackedCodebook, lower: Tensor
     metric = packed.frame.metric
     n = even_pieces(len(x), min(_TOKENS_PER_BLOCK, _VALUES_PER_BLOCK // packed.rows.shape[2]))
     search = whole.search if len(codes) <= whole.MOST_CODES else groups.search
+    if packed.rounded and coarse.pays(len(x), *codes.shape):
+        search = partial(coarse.search, rounded=packed.rounded, fine=search)
     found = [search(some, packed, least) for some, least in zip(x.split(n), lower.split(n), strict=True)]
     indices = torch.cat([block.indices for block in found])
     owners = torch.cat([block.owners + i * n for i, block in enumerate(found)])

@@ -21,7 +21,7 @@ from fastvq.candidates import (
 from fastvq.packed import PackedCodebook, pack_tokens, raise_lower
 
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
-_TOKENS_PER_PRODUCT = 512
+TOKENS_PER_PRODUCT = 512
 # Pairs of token and group that are rescored at a time, against 64 codes each (8 MiB).
 _PAIRS = 1 << 15
 # Pairs of one group are rescored in batches of so many: few large products, since many small ones take longer to call
@@ -38,33 +38,23 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     rows = torch.empty(n, width, device=x.device)
     to_lower = pack_tokens(x, packed.frame, out=rows)
     # The maxima of so many tokens stay in the cache as well.
-    step = even_pieces(n, max(_TOKENS_PER_PRODUCT, product_values() // n_groups))
-    in_reach, sums = torch.zeros(2, n, device=x.device)
+    step = even_pieces(n, max(TOKENS_PER_PRODUCT, product_values() // n_groups))
+    in_reach = torch.empty(n, device=x.device)
     pieces = []
     for i in range(0, n, step):
         some = slice(i, i + step)
-        owners, groups = _reaching(rows[some].t(), packed, to_lower[:, some], lower[some], in_reach[some])
+        maxima = _maxima(rows[some].t(), packed)
+        raise_lower(lower[some], maxima, packed, to_lower[:, some])
+        owners, groups = reaching(maxima.ge_(lower[some]).t(), in_reach[some])
         pieces.append((owners + i, groups))
-    owners, groups = joined(pieces)
-    pairs = zip(owners.split(_PAIRS), groups.split(_PAIRS), strict=True)
-    owners, codes = joined([_rescore(of, among, rows, lower, packed, sums) for of, among in pairs])
-
-    crowded = is_crowded(torch.maximum(in_reach, sums))
-    n_codes = torch.bincount(owners, minlength=n).masked_fill_(crowded, 0)
-    indices = torch.full((n,), -1, device=x.device).index_copy_(0, owners, codes).masked_fill_(n_codes != 1, -1)
-    left = (n_codes.index_select(0, owners) > 1).nonzero()[:, 0]
-    return Candidates(indices, owners.index_select(0, left), codes.index_select(0, left), crowded.nonzero()[:, 0])
+    found = rescored(*joined(pieces), rows, lower, packed)
+    return found._replace(crowded=torch.cat([found.crowded, is_crowded(in_reach).nonzero()[:, 0]]))
 
 
-def _reaching(
-    tokens: Tensor, packed: PackedCodebook, to_lower: Tensor, lower: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Pairs of token and group with an upper bound that reaches the token's best lower bound, for ``[D + 2, n]``.
-
-    Raises ``lower [n]`` first and writes ``sums [n]``, which tell how many there are. No pairs of a crowded token.
-    """
+def _maxima(tokens: Tensor, packed: PackedCodebook) -> Tensor:
+    """The largest upper bound in each group, ``[groups, n]``, for tokens ``[D + 2, n]``."""
     n_groups, group, width = packed.rows.shape
-    n_tokens, n = tokens.shape[1], min(tokens.shape[1], _TOKENS_PER_PRODUCT)
+    n_tokens, n = tokens.shape[1], min(tokens.shape[1], TOKENS_PER_PRODUCT)
     step = min(n_groups, max(1, product_values() // (group * n)))  # groups per product
     sizes = [n_groups * n_tokens, step * group * n]
     maxima, buffer = torch.empty(sum(sizes), device=tokens.device).split(sizes)
@@ -75,18 +65,53 @@ def _reaching(
             bounds = buffer[: len(codes) * some.shape[1]].view(len(codes), -1)
             torch.mm(codes, some, out=bounds)
             torch.amax(bounds.view(-1, group, some.shape[1]), 1, out=largest)
+    return maxima
 
-    raise_lower(lower, maxima, packed, to_lower)
-    reaches = maxima.ge_(lower).t()
-    torch.mv(reaches, row_weights(n_groups, tokens.device), out=sums)
-    only, several = only_row(sums), with_several(sums)
+
+def reaching(reaches: Tensor, sums: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pairs of token and group where ``reaches [n, groups]`` is 1, not 0; none of a token with more than ``most``.
+
+    Writes ``sums [n]``, which tell how many there are.
+    """
+    torch.mv(reaches, row_weights(reaches.shape[1], reaches.device), out=sums)
+    only, several = only_row(sums), with_several(sums, most)
     single = (only >= 0).nonzero()[:, 0]
     at, groups = reaches.index_select(0, several).nonzero().unbind(1)
     return joined([(single, only.index_select(0, single)), (several.index_select(0, at), groups)])
 
 
+def rescored(
+    owners: Tensor,
+    groups: Tensor,
+    tokens: Tensor,
+    lower: Tensor,
+    packed: PackedCodebook,
+    to_lower: Tensor | None = None,
+) -> Candidates:
+    """Candidates of tokens ``[n, D + 2]`` among the codes of ``groups [pairs]``, for ``owners [pairs]``.
+
+    With ``to_lower [3, n]`` raises ``lower [n]`` first.
+    """
+    n = len(tokens)
+    sums = torch.zeros(n, device=tokens.device)
+    pairs = zip(owners.split(_PAIRS), groups.split(_PAIRS), strict=True)
+    owners, codes = joined([_rescore(of, among, tokens, lower, packed, sums, to_lower) for of, among in pairs])
+    crowded = is_crowded(sums)
+    n_codes = torch.bincount(owners, minlength=n).masked_fill_(crowded, 0)
+    indices = torch.full((n,), -1, device=tokens.device)
+    indices.index_copy_(0, owners, codes).masked_fill_(n_codes != 1, -1)
+    left = (n_codes.index_select(0, owners) > 1).nonzero()[:, 0]
+    return Candidates(indices, owners.index_select(0, left), codes.index_select(0, left), crowded.nonzero()[:, 0])
+
+
 def _rescore(
-    owners: Tensor, groups: Tensor, tokens: Tensor, lower: Tensor, packed: PackedCodebook, sums: Tensor
+    owners: Tensor,
+    groups: Tensor,
+    tokens: Tensor,
+    lower: Tensor,
+    packed: PackedCodebook,
+    sums: Tensor,
+    to_lower: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Of the codes in ``groups [pairs]`` those whose own bound reaches that of their token, ``owners [pairs]``.
 
@@ -96,7 +121,7 @@ def _rescore(
         Token and code of each, in no particular order; not all, or none, of a crowded token.
     """
     n_groups, group, width = packed.rows.shape
-    owners, groups, limits = _in_batches(owners, groups, lower, n_groups)
+    owners, groups, filled = _in_batches(owners, groups, n_groups)
     step = max(1, min(len(groups), product_values() // (group * width)))  # batches per product
     bounds = torch.empty(len(groups), _TOKENS_PER_BATCH, group, device=tokens.device)
     codes = torch.empty(step, group, width, device=tokens.device)
@@ -105,6 +130,13 @@ def _rescore(
         torch.index_select(packed.rows, 0, of, out=codes[: len(of)])
         torch.index_select(tokens, 0, at, out=some[: len(at)])
         torch.bmm(some[: len(at)].view(len(of), _TOKENS_PER_BATCH, width), codes[: len(of)].mT, out=out)
+    if to_lower is not None:
+        of_groups = packed.norms.index_select(0, groups).unbind(1)
+        least = bounds.amax(2)
+        for of_tokens, norms in zip(to_lower, of_groups, strict=True):
+            least.addcmul_(of_tokens.index_select(0, owners).view_as(least), norms[:, None])
+        lower.scatter_reduce_(0, owners, least.view(-1), "amax")
+    limits = lower.index_select(0, owners).masked_fill_(~filled, torch.inf)
     reaches = bounds.view(-1, group).ge_(limits[:, None])
     in_group = torch.mv(reaches, row_weights(group, tokens.device))
     sums.index_add_(0, owners, in_group)
@@ -117,12 +149,12 @@ def _rescore(
     return owners.index_select(0, pairs), groups * group + members
 
 
-def _in_batches(owners: Tensor, groups: Tensor, lower: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _in_batches(owners: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of token and group in batches of _TOKENS_PER_BATCH that have the group in common.
 
     Returns:
-        Token of each place, the group of each batch, and the bound that a code has to reach in each place: no code
-        does in those that fill a group's last batch.
+        Token of each place, the group of each batch, and whether a place holds a pair: those that fill a group's last
+        batch have token 0.
     """
     groups, order = groups.sort()
     sizes = torch.bincount(groups, minlength=n_groups)
@@ -130,7 +162,6 @@ def _in_batches(owners: Tensor, groups: Tensor, lower: Tensor, n_groups: int) ->
     fill = batches.mul(_TOKENS_PER_BATCH).sub_(sizes)
     place = (fill.cumsum(0) - fill).index_select(0, groups).add_(torch.arange(len(groups), device=groups.device))
     of = torch.repeat_interleave(batches)
-    owners = owners.index_select(0, order)
-    at = owners.new_zeros(len(of) * _TOKENS_PER_BATCH).index_copy_(0, place, owners)
-    limits = torch.full_like(at, torch.inf, dtype=torch.float32)
-    return at, of, limits.index_copy_(0, place, lower.index_select(0, owners))
+    at = owners.new_zeros(len(of) * _TOKENS_PER_BATCH).index_copy_(0, place, owners.index_select(0, order))
+    filled = torch.zeros_like(at, dtype=torch.bool).index_fill_(0, place, True)
+    return at, of, filled

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvq import reference
+from fastvq.rounded import RoundedCodebook, empty_codebook, round_codes
 
 # Scores of larger tokens might leave float32's range.
 LARGEST_NORM = 2.0**60
@@ -39,6 +40,7 @@ class PackedCodebook(NamedTuple):
     frame: Frame
     rows: Tensor  # [groups, G, D + 2] float32
     norms: Tensor  # [groups, 3] float32: largest b_k and largest h_k of a group, 1
+    rounded: RoundedCodebook | None
 
 
 def error_constant(dim: int) -> float:
@@ -61,18 +63,21 @@ def frame_of(codebook: Tensor, metric: str, top: float) -> Frame:
     return Frame(metric, shift, 2.0 ** (_TOP_EXPONENT - math.frexp(top)[1]) if top > 0 else 1.0)
 
 
-def pack(codebook: Tensor, frame: Frame) -> PackedCodebook:
-    """Pack finite codes ``[K, D]``."""
+def pack(codebook: Tensor, frame: Frame, in_bfloat16: bool = False) -> PackedCodebook:
+    """Pack finite codes ``[K, D]``, ``in_bfloat16`` as well where that is asked for."""
     n_codes, dim = codebook.shape
     group = _GROUP if n_codes >= _CODES_PER_COLUMN * dim else _SMALL_GROUP
     n_groups = -(-n_codes // group)
     rows = torch.empty(n_groups, group, dim + 2, device=codebook.device)
     norms = torch.ones(n_groups, 3, device=codebook.device)
+    rounded = empty_codebook(n_groups, group, dim, codebook.device) if in_bfloat16 else None
     step = max(1, _PIECE_VALUES // (group * (dim + 2)))
-    pieces = (codebook.split(step * group), rows.split(step), norms.split(step))
-    for codes, some, of_some in zip(*pieces, strict=True):
-        _pack_groups(codes, frame, some, of_some)
-    return PackedCodebook(frame, rows, norms)
+    for i, codes in zip(range(0, n_groups, step), codebook.split(step * group), strict=True):
+        some = slice(i, i + step)
+        _pack_groups(codes, frame, rows[some], norms[some])
+        if rounded:
+            round_codes(rows[some], i, out=rounded)
+    return PackedCodebook(frame, rows, norms, rounded)
 
 
 def _pack_groups(codes: Tensor, frame: Frame, out: Tensor, largest: Tensor) -> None:

@@ -7,20 +7,18 @@ from hypothesis import strategies as st
 from strategies import METRICS, problems
 
 import fastvq
-from fastvq import candidates, cpu, groups, packed, reference, settle, small, whole
+from fastvq import candidates, coarse, cpu, groups, packed, reference, settle, small, whole
 
 
-@pytest.fixture(
-    autouse=True,
-    scope="module",
-    params=[(small.FEW_SCORES, whole.MOST_CODES), (0, 1 << 20), (0, 0)],
-    ids=["by size", "whole", "groups"],
-)
+@pytest.fixture(autouse=True, scope="module", params=["by size", "whole", "groups", "coarse"])
 def way(request):
-    """The way to search follows from the size of a problem; two thirds of the tests take that of larger ones."""
+    """The way to search follows from the size of a problem; three quarters of the tests take that of larger ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small, "FEW_SCORES", request.param[0])
-        patch.setattr(whole, "MOST_CODES", request.param[1])
+        if request.param != "by size":
+            patch.setattr(small, "FEW_SCORES", 0)
+            patch.setattr(whole, "MOST_CODES", 1 << 20 if request.param == "whole" else 0)
+            patch.setattr(coarse, "pays", lambda *size: request.param == "coarse")
+            patch.setattr(coarse, "FEWEST_RESCORED", 2)
         yield
 
 
@@ -161,11 +159,12 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
     expected = reference.nearest_code(x, codebook)
     for tokens, codes, values, most in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
         monkeypatch.setattr(cpu, "_TOKENS_PER_BLOCK", 3 * tokens)
-        monkeypatch.setattr(groups, "_TOKENS_PER_PRODUCT", tokens)
+        for way in (coarse, groups):
+            monkeypatch.setattr(way, "TOKENS_PER_PRODUCT", tokens)
         monkeypatch.setattr(groups, "_PAIRS", values)
         monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
         monkeypatch.setattr(candidates, "_VALUES_PER_THREAD", codes * tokens)
-        monkeypatch.setattr(candidates, "_MOST_SUM", most * 2.0**23)
+        monkeypatch.setattr(candidates, "_MOST", most)
         monkeypatch.setattr(packed, "_SMALL_GROUP", codes // 8)
         monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
