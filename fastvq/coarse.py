@@ -27,12 +27,12 @@ Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
 # 8,192 x 1,024 x 128, 0.77 with 2,048 codes, 0.53 with 4,096 x 256, 1.0 with 512 x 16,384 x 64.
 _FEWEST_COORDINATES = 32
 _FEWEST = 1024
-
 # Products are shifted by the best that one in so many groups of codes has to offer.
 _GROUPS_PER_SAMPLE = 64
-# To score the codes of more groups again, one in so many, takes longer than to search all codes in float32.
+# To score the codes of more groups again, one in so many, takes longer than to search all codes in float32. Bounds the
+# memory of what is rescored.
 _GROUPS_PER_RESCORED = 8
-FEWEST_RESCORED = 8
+FEWEST_RESCORED, _MOST_RESCORED = 8, 64
 # Where a larger share of tokens is left for float32, the first scan is not worth its time.
 _MOST_LEFT = 1 / 3
 
@@ -41,7 +41,8 @@ def pays(n_tokens: float, n_codes: int, dim: int) -> bool:
     """Whether this machine searches so many tokens sooner with a first scan in bfloat16."""
     if dim < _FEWEST_COORDINATES or 1 / max(n_tokens, 1) + 1 / n_codes > 1 / _FEWEST:
         return False
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+    mkldnn = torch.backends.mkldnn
+    return bool(mkldnn.is_available() and mkldnn.enabled and torch.cpu._is_amx_tile_supported())
 
 
 def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: RoundedCodebook, fine: Search) -> Candidates:
@@ -52,7 +53,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
     n, n_groups, width = len(x), len(packed.rows), packed.rows.shape[2]
     rows, in_reach = torch.empty(n, width, device=x.device), torch.empty(n, device=x.device)
     to_lower = torch.empty(3, n, device=x.device)
-    most = max(FEWEST_RESCORED, n_groups // _GROUPS_PER_RESCORED)
+    most = min(_MOST_RESCORED, max(FEWEST_RESCORED, n_groups // _GROUPS_PER_RESCORED))
     # What is made of so many tokens, and their maxima, stay in the cache. The first piece is small, and tells.
     step = even_pieces(n, max(TOKENS_PER_PRODUCT, product_values() // max(width, n_groups)))
     pieces, end = [], 0
@@ -98,7 +99,8 @@ def _maxima(tokens: Tensor, codes: Tensor) -> Tensor:
     For tokens ``[D + 5, n]`` and codes ``[groups, G, D + 5]`` in bfloat16.
     """
     n_groups, group, width = codes.shape
-    n_tokens, n = tokens.shape[1], min(tokens.shape[1], TOKENS_PER_PRODUCT)
+    n_tokens = tokens.shape[1]
+    n = even_pieces(n_tokens, TOKENS_PER_PRODUCT)
     step = min(n_groups, max(1, 2 * product_values() // (group * n)))  # groups per product
     maxima = torch.empty(n_groups, n_tokens, dtype=torch.int16, device=tokens.device)
     buffer = torch.empty(step * group * n, dtype=torch.bfloat16, device=tokens.device)

@@ -63,6 +63,18 @@ def test_tokens_with_many_groups_in_reach_are_searched_in_float32(monkeypatch, m
     assert (sum(again) > 250) == (spread < 1)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_kept_codebook_is_searched_alike(monkeypatch, metric):
+    monkeypatch.setattr(coarse, "pays", lambda *size: True)
+    x, codebook = torch.randn(300, 40) + 2, torch.randn(2100, 40) + 2
+    prepared = cpu.prepare(codebook, metric)
+    assert prepared.packed.rounded is not None
+    expected = reference.nearest_code(x, codebook, metric)
+    for pays in (True, False):
+        monkeypatch.setattr(coarse, "pays", lambda *size, pays=pays: pays)
+        assert torch.equal(cpu.nearest_code(x, codebook, metric, lambda *_: prepared), expected)
+
+
 def test_sums_are_float32_inside():
     """Of many terms that cancel."""
     terms = torch.randn(64, 4096).bfloat16()
@@ -80,5 +92,8 @@ def test_a_search_pays_with_many_tokens_and_codes(monkeypatch):
     assert not coarse.pays(8192, 1000, 64)
     assert not coarse.pays(8192, 8192, 8)
     assert not coarse.pays(0, 8192, 64)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not coarse.pays(4096, 8192, 64)
+    monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert not coarse.pays(4096, 8192, 64)
