@@ -22,11 +22,11 @@ from fastvq.rounded import UNIT, RoundedCodebook, RoundedTokens, round_tokens
 
 Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
 
-# With fewer coordinates the products take as long as those of float32, and with fewer tokens or codes (half of their
-# harmonic mean) all that is done for each of them is not worth it. Measured against float32: 1.15 times as long with
-# 8,192 x 1,024 x 128, 0.77 with 2,048 codes, 0.53 with 4,096 x 256, 1.0 with 512 x 16,384 x 64.
-_FEWEST_COORDINATES = 32
-_FEWEST = 1024
+# Measured against float32: 1.15 times as long with 8,192 x 1,024 x 128 and 1.2 times with 1,024 x 2,048 x 128, as long
+# with 512 x 16,384 x 64, 0.8 times with 8,192 x 2,048 x 64 and with 512 x 16,384 x 256, 0.5 with 8,192 x 4,096 x 256.
+_FEWEST_CODES, _FEWEST_COORDINATES = 2048, 32
+# The time that is saved grows with all pairs of coordinates, what is done besides with tokens and codes.
+_FEWEST_PAIRS = 100_000
 # Products are shifted by the best that one in so many groups of codes has to offer.
 _GROUPS_PER_SAMPLE = 64
 # To score the codes of more groups again, one in so many, takes longer than to search all codes in float32. Bounds the
@@ -39,7 +39,8 @@ _MOST_LEFT = 1 / 3
 
 def pays(n_tokens: float, n_codes: int, dim: int) -> bool:
     """Whether this machine searches so many tokens sooner with a first scan in bfloat16."""
-    if dim < _FEWEST_COORDINATES or 1 / max(n_tokens, 1) + 1 / n_codes > 1 / _FEWEST:
+    few = n_codes < _FEWEST_CODES or dim < _FEWEST_COORDINATES
+    if few or n_codes * dim / (1 + n_codes / max(n_tokens, 1)) < _FEWEST_PAIRS:
         return False
     mkldnn = torch.backends.mkldnn
     return bool(mkldnn.is_available() and mkldnn.enabled and torch.cpu._is_amx_tile_supported())
