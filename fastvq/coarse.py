@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.candidates import Candidates, even_pieces, is_crowded, joined, product_values
-from fastvq.groups import TOKENS_PER_PRODUCT, reaching, rescored
+from fastvq.candidates import Candidates, is_crowded, joined, product_values
+from fastvq.groups import reaching, rescored
 from fastvq.packed import PackedCodebook, error_constant, pack_tokens, raise_lower
 from fastvq.rounded import UNIT, RoundedCodebook, RoundedTokens, round_tokens
 
@@ -27,6 +28,10 @@ Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
 _FEWEST_CODES, _FEWEST_COORDINATES = 2048, 32
 # The time that is saved grows with all pairs of coordinates, what is done besides with tokens and codes.
 _FEWEST_PAIRS = 100_000
+# Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
+_TOKENS_PER_PRODUCT = 512
+# A product of a new size is compiled first, which takes some milliseconds: few sizes, whatever the number of tokens.
+_MULTIPLE = 128
 # Products are shifted by the best that one in so many groups of codes has to offer.
 _GROUPS_PER_SAMPLE = 64
 # To score the codes of more groups again, one in so many, takes longer than to search all codes in float32. Bounds the
@@ -56,10 +61,11 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
     to_lower = torch.empty(3, n, device=x.device)
     most = min(_MOST_RESCORED, max(FEWEST_RESCORED, n_groups // _GROUPS_PER_RESCORED))
     # What is made of so many tokens, and their maxima, stay in the cache. The first piece is small, and tells.
-    step = even_pieces(n, max(TOKENS_PER_PRODUCT, product_values() // max(width, n_groups)))
+    at_most = max(product_values() // max(width, n_groups), _TOKENS_PER_PRODUCT)
+    step = at_most // _TOKENS_PER_PRODUCT * _TOKENS_PER_PRODUCT
     pieces, end = [], 0
     while end < n:
-        some = slice(end, min(n, end + (step if end else TOKENS_PER_PRODUCT)))
+        some = slice(end, min(n, end + (step if end else _TOKENS_PER_PRODUCT)))
         to_lower[:, some] = pack_tokens(x[some], packed.frame, out=rows[some])
         _raise_by_sample(lower[some], rows[some], packed, to_lower[:, some])
         tokens = round_tokens(rows[some], to_lower[:, some], lower[some], rounded.ratio, error_constant(width - 2))
@@ -87,7 +93,7 @@ def _raise_by_sample(lower: Tensor, rows: Tensor, packed: PackedCodebook, to_low
 
 def _reaches(tokens: RoundedTokens, packed: PackedCodebook, rounded: RoundedCodebook) -> Tensor:
     """1 where the largest bound of a group reaches the best lower bound of a token, else 0, ``[n, groups]``."""
-    maxima = _maxima(tokens.rows.t(), rounded.rows).view(torch.bfloat16).float()
+    maxima = _maxima(tokens.rows, rounded.rows).view(torch.bfloat16).float()
     # A product that is not negative was at least this share of itself before it was rounded.
     least = torch.addmm(maxima, packed.norms, tokens.to_lower, beta=1 - 2 * UNIT).amax(0)
     least = torch.maximum(tokens.lower, least)
@@ -97,21 +103,21 @@ def _reaches(tokens: RoundedTokens, packed: PackedCodebook, rounded: RoundedCode
 def _maxima(tokens: Tensor, codes: Tensor) -> Tensor:
     """Bits of the largest product in each group where it is not negative, else negative: int16 ``[groups, n]``.
 
-    For tokens ``[D + 5, n]`` and codes ``[groups, G, D + 5]`` in bfloat16.
+    For tokens ``[n, D + 5]`` and codes ``[groups, G, D + 5]`` in bfloat16.
     """
     n_groups, group, width = codes.shape
-    n_tokens = tokens.shape[1]
-    n = even_pieces(n_tokens, TOKENS_PER_PRODUCT)
-    step = min(n_groups, max(1, 2 * product_values() // (group * n)))  # groups per product
-    maxima = torch.empty(n_groups, n_tokens, dtype=torch.int16, device=tokens.device)
-    buffer = torch.empty(step * group * n, dtype=torch.bfloat16, device=tokens.device)
+    n = len(tokens)
+    tokens = F.pad(tokens, (0, 0, 0, -n % _MULTIPLE))
+    step = min(n_groups, max(1, 2 * product_values() // (group * _TOKENS_PER_PRODUCT)))  # groups per product
+    maxima = torch.empty(n_groups, len(tokens), dtype=torch.int16, device=tokens.device)
+    buffer = torch.empty(step * group * _TOKENS_PER_PRODUCT, dtype=torch.bfloat16, device=tokens.device)
     pieces = codes.view(-1, width).split(step * group)
-    for some, of_some in zip(tokens.split(n, 1), maxima.split(n, 1), strict=True):
+    for some, of_some in zip(tokens.split(_TOKENS_PER_PRODUCT), maxima.split(_TOKENS_PER_PRODUCT, 1), strict=True):
         for rows, largest in zip(pieces, of_some.split(step), strict=True):
-            products = buffer[: len(rows) * some.shape[1]].view(len(rows), -1)
-            torch.mm(rows, some, out=products)
-            torch.amax(products.view(torch.int16).view(-1, group, some.shape[1]), 1, out=largest)
-    return maxima
+            products = buffer[: len(rows) * len(some)].view(len(rows), -1)
+            torch.mm(rows, some.t(), out=products)
+            torch.amax(products.view(torch.int16).view(-1, group, len(some)), 1, out=largest)
+    return maxima[:, :n]
 
 
 def _with(found: Candidates, others: Candidates, at: Tensor) -> Candidates:

@@ -50,7 +50,8 @@ from fastvq.packed import Frame, PackedCodebook, frame_of, pack
 from fastvq.settle import settle
 
 # Codebooks are packed and searched in parts, so that memory does not grow with them: of so many codes, of more where
-# they have fewer values than the second number (4 MiB), of fewer where they have more than the third (32 MiB).
+# they have fewer values than the second number (4 MiB), of fewer where they have more than the third (32 MiB), both in
+# float32 alone.
 _PART_CODES = 1 << 14
 _LEAST_PART_VALUES = 1 << 20
 _MOST_PART_VALUES = 1 << 23
@@ -97,7 +98,8 @@ def nearest_code(
     """Exactly :func:`fastvq.reference.nearest_code`, several times faster than materialising ``[N, K]``.
 
     Memory beyond a few numbers per token does not grow with N, nor with K unless the packed codebook is kept: a part of
-    it, of 4 MiB up to 64 dimensions and of at most 32, some 10 MiB for a block of tokens, and 1 per thread.
+    it, of 4 MiB up to 64 dimensions and of at most 32, half as much again where it is scanned in bfloat16, some 10 MiB
+    for a block of tokens, and 1 per thread.
 
     Args:
         x: tokens ``[N, D]``, any floating dtype.

@@ -21,7 +21,7 @@ from fastvq.candidates import (
 from fastvq.packed import PackedCodebook, pack_tokens, raise_lower
 
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
-TOKENS_PER_PRODUCT = 512
+_TOKENS_PER_PRODUCT = 512
 # Pairs of token and group that are rescored at a time, against 64 codes each (8 MiB).
 _PAIRS = 1 << 15
 # Pairs of one group are rescored in batches of so many: few large products, since many small ones take longer to call
@@ -38,7 +38,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     rows = torch.empty(n, width, device=x.device)
     to_lower = pack_tokens(x, packed.frame, out=rows)
     # The maxima of so many tokens stay in the cache as well.
-    step = even_pieces(n, max(TOKENS_PER_PRODUCT, product_values() // n_groups))
+    step = even_pieces(n, max(_TOKENS_PER_PRODUCT, product_values() // n_groups))
     in_reach = torch.empty(n, device=x.device)
     pieces = []
     for i in range(0, n, step):
@@ -54,7 +54,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
 def _maxima(tokens: Tensor, packed: PackedCodebook) -> Tensor:
     """The largest upper bound in each group, ``[groups, n]``, for tokens ``[D + 2, n]``."""
     n_groups, group, width = packed.rows.shape
-    n_tokens, n = tokens.shape[1], min(tokens.shape[1], TOKENS_PER_PRODUCT)
+    n_tokens, n = tokens.shape[1], min(tokens.shape[1], _TOKENS_PER_PRODUCT)
     step = min(n_groups, max(1, product_values() // (group * n)))  # groups per product
     sizes = [n_groups * n_tokens, step * group * n]
     maxima, buffer = torch.empty(sum(sizes), device=tokens.device).split(sizes)

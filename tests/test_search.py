@@ -160,7 +160,7 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
     for tokens, codes, values, most in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
         monkeypatch.setattr(cpu, "_TOKENS_PER_BLOCK", 3 * tokens)
         for way in (coarse, groups):
-            monkeypatch.setattr(way, "TOKENS_PER_PRODUCT", tokens)
+            monkeypatch.setattr(way, "_TOKENS_PER_PRODUCT", tokens)
         monkeypatch.setattr(groups, "_PAIRS", values)
         monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
         monkeypatch.setattr(candidates, "_VALUES_PER_THREAD", codes * tokens)
