@@ -60,6 +60,11 @@ def only_row(sums: Tensor) -> Tensor:
     return torch.where((sums >= _ONE) & (sums < 2 * _ONE), sums - _ONE, -1).long()
 
 
+def only_rows(sums: Tensor) -> Tensor | None:
+    """:func:`only_row` of columns that each have at least one, in a few steps where none has more; else None."""
+    return (sums - _ONE).long() if sums.amax() < 2 * _ONE else None
+
+
 def with_several(sums: Tensor, most: int | None = None) -> Tensor:
     """Columns with more than one, but not crowded."""
     return ((sums >= 2 * _ONE) & ~is_crowded(sums, most)).nonzero()[:, 0]

@@ -26,8 +26,8 @@ Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
 # Measured against float32: 1.15 times as long with 8,192 x 1,024 x 128 and 1.2 times with 1,024 x 2,048 x 128, as long
 # with 512 x 16,384 x 64, 0.8 times with 8,192 x 2,048 x 64 and with 512 x 16,384 x 256, 0.5 with 8,192 x 4,096 x 256.
 _FEWEST_CODES, _FEWEST_COORDINATES = 2048, 32
-# The time that is saved grows with all pairs of coordinates, what is done besides with tokens and codes.
-_FEWEST_PAIRS = 100_000
+# The time that is saved grows with N K D, what is done besides with N + K: their quotient.
+_LEAST_SAVED = 100_000
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
 _TOKENS_PER_PRODUCT = 512
 # A product of a new size is compiled first, which takes some milliseconds: few sizes, whatever the number of tokens.
@@ -37,18 +37,23 @@ _GROUPS_PER_SAMPLE = 64
 # To score the codes of more groups again, one in so many, takes longer than to search all codes in float32. Bounds the
 # memory of what is rescored.
 _GROUPS_PER_RESCORED = 8
-FEWEST_RESCORED, _MOST_RESCORED = 8, 64
+_FEWEST_RESCORED, _MOST_RESCORED = 8, 64
 # Where a larger share of tokens is left for float32, the first scan is not worth its time.
 _MOST_LEFT = 1 / 3
 
 
-def pays(n_tokens: float, n_codes: int, dim: int) -> bool:
-    """Whether this machine searches so many tokens sooner with a first scan in bfloat16."""
-    few = n_codes < _FEWEST_CODES or dim < _FEWEST_COORDINATES
-    if few or n_codes * dim / (1 + n_codes / max(n_tokens, 1)) < _FEWEST_PAIRS:
-        return False
+def has_matrix_units() -> bool:
+    """Whether products of bfloat16 take much less time on this processor than those of float32: it has AMX."""
     mkldnn = torch.backends.mkldnn
     return bool(mkldnn.is_available() and mkldnn.enabled and torch.cpu._is_amx_tile_supported())
+
+
+def pays(n_tokens: float, n_codes: int, dim: int) -> bool:
+    """Whether this machine searches so many tokens sooner with a first scan in bfloat16."""
+    if n_codes < _FEWEST_CODES or dim < _FEWEST_COORDINATES:
+        return False
+    saved = n_codes * dim / (1 + n_codes / max(n_tokens, 1))
+    return saved >= _LEAST_SAVED and has_matrix_units()
 
 
 def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: RoundedCodebook, fine: Search) -> Candidates:
@@ -59,7 +64,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
     n, n_groups, width = len(x), len(packed.rows), packed.rows.shape[2]
     rows, in_reach = torch.empty(n, width, device=x.device), torch.empty(n, device=x.device)
     to_lower = torch.empty(3, n, device=x.device)
-    most = min(_MOST_RESCORED, max(FEWEST_RESCORED, n_groups // _GROUPS_PER_RESCORED))
+    most = min(_MOST_RESCORED, max(_FEWEST_RESCORED, n_groups // _GROUPS_PER_RESCORED))
     # What is made of so many tokens, and their maxima, stay in the cache. The first piece is small, and tells.
     at_most = max(product_values() // max(width, n_groups), _TOKENS_PER_PRODUCT)
     step = at_most // _TOKENS_PER_PRODUCT * _TOKENS_PER_PRODUCT

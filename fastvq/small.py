@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.candidates import MOST_ROWS, at_most, is_crowded, only_row, row_weights, with_several
+from fastvq.candidates import MOST_ROWS, at_most, is_crowded, only_row, only_rows, row_weights, with_several
 from fastvq.packed import LARGEST_NORM, error_constant
 from fastvq.settle import settle
 
@@ -45,6 +45,8 @@ def search(x: Tensor, codebook: Tensor) -> Tensor | None:
     margin = 2 * error_constant(dim) * (a * b + 0.5 * b * b) + slack
     reaches = score.ge_(score.amax(1, keepdim=True) - margin)
     sums = torch.mv(reaches, row_weights(len(codes), x.device))
+    if (indices := only_rows(sums)) is not None:
+        return indices
     indices = only_row(sums)
     several = with_several(sums)
     if is_crowded(sums).any() or at_most(sums.index_select(0, several)) > _FEW_PAIRS:

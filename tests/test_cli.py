@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastvq
-from fastvq import backends, cli, demo, photos, reference
+from fastvq import backends, cli, demo, info, photos, reference
 
 
 @pytest.fixture
@@ -187,11 +187,13 @@ def test_verify_without_a_matching_case_is_one_line(invoke):
     assert_one_line_error(invoke("verify", "--only", "no such case"), "only must be part of the name of a case")
 
 
-def test_info_shows_versions_device_and_backend(invoke):
+@pytest.mark.parametrize(("matrix_units", "products"), [(True, "bfloat16 first"), (False, "searches float32")])
+def test_info_shows_versions_device_and_backend(invoke, monkeypatch, matrix_units, products):
+    monkeypatch.setattr(info, "has_matrix_units", lambda: matrix_units)
     result = invoke("info", "--device", "cpu")
     assert result.exit_code == 0
-    for text in (fastvq.__version__, torch.__version__, "thread", "torch (the blocked PyTorch path"):
-        assert text in " ".join(result.output.split())
+    for text in (fastvq.__version__, torch.__version__, "thread", "torch (the blocked PyTorch path", products):
+        assert text in " ".join(result.output.replace("│", "").split())
 
 
 @pytest.mark.parametrize("arguments", [["demo", "--codes", "many"], ["demo", "--colour"], ["paint"]])

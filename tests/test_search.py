@@ -18,7 +18,7 @@ def way(request):
             patch.setattr(small, "FEW_SCORES", 0)
             patch.setattr(whole, "MOST_CODES", 1 << 20 if request.param == "whole" else 0)
             patch.setattr(coarse, "pays", lambda *size: request.param == "coarse")
-            patch.setattr(coarse, "FEWEST_RESCORED", 2)
+            patch.setattr(coarse, "_FEWEST_RESCORED", 2)
         yield
 
 
