@@ -1,4 +1,4 @@
-"""What the ways to find the codes that can win have in common: :mod:`fastvq.whole` and :mod:`fastvq.groups`."""
+"""What the ways to find the codes that can win have in common: :mod:`fastvq.small`, `whole`, `groups` and `coarse`."""
 
 from __future__ import annotations
 

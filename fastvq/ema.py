@@ -8,6 +8,10 @@ from torch import Tensor
 from fastvq.backends import choose_backend, on_device_of
 from fastvq.restart import is_dead
 
+# Codes are moved in pieces of so many values (1 MiB): what is computed on the way stays in the cache, and takes no
+# memory that grows with the codebook.
+_PIECE_VALUES = 1 << 18
+
 
 def ema_step(
     embeddings: Tensor,
@@ -63,22 +67,25 @@ def ema_step(
             # PyTorch does not see what a kernel writes; a kept packed codebook is known to be old by this count.
             torch.autograd.graph.increment_version([embeddings, N, z_avg])
             return
-        K = len(N)
         N.copy_(N * decay + counts * (1 - decay))
-        z_avg.mul_(decay).add_(sums * (1 - decay))
         total = N.sum()
-        weights = (N + smoothing) / (total + K * smoothing) * total
-        # Before any token was ever counted there is nothing to divide by.
-        embeddings.copy_(torch.where(total > 0, z_avg / weights[:, None], embeddings))
-        if rows is None:
-            return
-        rare = is_dead(N, restart_thres, restart_thres_relative)
+        weights = (N + smoothing) / (total + len(N) * smoothing) * total
+        dead = is_dead(N, restart_thres, restart_thres_relative)
         if found is not None:
-            rare = rare & found.reshape(())
-        embeddings.copy_(torch.where(rare[:, None], rows, embeddings))
-        if resets:
-            z_avg.copy_(torch.where(rare[:, None], rows, z_avg))
-            N.copy_(torch.where(rare, 1, N))
+            dead = dead & found.reshape(())
+        step = max(1, _PIECE_VALUES // embeddings.shape[1])
+        for first in range(0, len(N), step):
+            some = slice(first, first + step)
+            z, e = z_avg[some], embeddings[some]
+            z.mul_(decay).add_(sums[some] * (1 - decay))
+            # Before any token was ever counted there is nothing to divide by.
+            e.copy_(torch.where(total > 0, z / weights[some, None], e))
+            if rows is not None:
+                e.copy_(torch.where(dead[some, None], rows[some], e))
+                if resets:
+                    z.copy_(torch.where(dead[some, None], rows[some], z))
+        if rows is not None and resets:
+            N.copy_(torch.where(dead, 1, N))
 
 
 def _without_gaps(*tensors: Tensor) -> bool:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import ops
+from fastvq import ema, ops
 from fastvq.ema import ema_step
+from fastvq.measure import peak_extra_memory
 from fastvq_kernels import ema as kernels
 
 DECAY = 0.99
@@ -36,7 +37,8 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_kernel_and_pytorch_agree_on_every_bit(kernel_device, options):
+def test_kernel_and_pytorch_agree_on_every_bit(monkeypatch, kernel_device, options):
+    monkeypatch.setattr(ema, "_PIECE_VALUES", 500)
     for k, d in ((1, 1), (7, 3), (300, 8), (33, 130)):
         state, step, rows = problem(k, d)
         given = {**options, "rows": rows} if "rows" in options else dict(options)
@@ -124,6 +126,13 @@ def test_relative_threshold_does_not_depend_on_the_size_of_a_batch(step):
         assert torch.equal(restarted[-1], N.double() < 0.5 * N.double().mean())
     assert 0 < restarted[0].sum() < 40
     assert torch.equal(*restarted)
+
+
+def test_step_takes_no_memory_that_grows_with_the_codes():
+    (embeddings, N, z), (counts, sums), rows = problem(1 << 16, 32)
+    options = {"decay": DECAY, "resets": True}
+    peak = peak_extra_memory(lambda: ema_step(embeddings, N, z, counts, sums, rows, **options), torch.device("cpu"))
+    assert peak < embeddings.nbytes / 2
 
 
 def test_buffers_with_gaps_are_moved_as_well(monkeypatch):
