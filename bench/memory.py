@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -106,15 +107,20 @@ def _status(name: str) -> int:
 
 
 def growth(codes: Sequence[int], extra: Sequence[int], tokens: int, dim: int) -> dict[str, float]:
-    """How extra memory grows with the codes: the least-squares line ``extra = a + b K``, with b in two units.
+    """How extra memory grows with many codes: the line ``extra = a + b K`` through the two largest K.
 
     Returns:
-        ``codebooks``: b per 4 D bytes, ``matrices``: b per 4 N bytes, and ``spread``: the largest and the smallest of
-        ``extra - b K`` in bytes, what depends on K otherwise.
+        ``codebooks``: b per 4 D bytes, ``matrices``: b per 4 N bytes, ``least`` and ``most``: the smallest and the
+        largest of ``extra - b K`` in bytes, and ``flat_from``: the smallest K from which on all extra memory is within
+        5 %, infinite where only that of the largest is.
     """
-    n = len(codes)
-    mean_k, mean_e = sum(codes) / n, sum(extra) / n
-    b = sum((k - mean_k) * (e - mean_e) for k, e in zip(codes, extra, strict=True))
-    b /= sum((k - mean_k) ** 2 for k in codes) or 1
+    b = (extra[-1] - extra[-2]) / (codes[-1] - codes[-2])
     rest = [e - b * k for k, e in zip(codes, extra, strict=True)]
-    return {"codebooks": b / (4 * dim), "matrices": b / (4 * tokens), "least": min(rest), "most": max(rest)}
+    flat = [k for i, k in enumerate(codes[:-1]) if max(extra[i:]) <= 1.05 * min(extra[i:])]
+    return {
+        "codebooks": b / (4 * dim),
+        "matrices": b / (4 * tokens),
+        "least": min(rest),
+        "most": max(rest),
+        "flat_from": min(flat, default=math.inf),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.grid import Grid
@@ -79,16 +79,20 @@ def memory(title: str, head: Head, rows: Sequence[Row]) -> Grid:
                 grown = growth(there, [found[k]["extra_bytes"] for k in there], row["tokens"], row["dim"])
                 per_code = f"{grown['codebooks']:.1f} codebooks, {grown['matrices']:.2f} matrices"
                 if name == _OURS:
-                    remarks.append(
-                        f"fastvq, {operation}: {grown['codebooks']:.1f} times the codebook and between "
-                        f"{grown['least'] / 2**20:.1f} and {grown['most'] / 2**20:.1f} MiB."
-                    )
+                    remarks.append(f"fastvq, {operation}: {_flatness(grown)}.")
             lines.append([operation if i == 0 else "", name, *cells, per_code])
     sizes = f"{rows[0]['tokens']:,} tokens, D = {rows[0]['dim']}"
     remarks.insert(1, f"{sizes}; MiB beyond tokens and codebook; a matrix is one of [tokens, codes] in float32.")
     remarks.append(_named(absent))
     headings = ["", "contender", *(f"K = {k:,}" for k in codes), "grows with K by"]
     return Grid(title, [remark for remark in remarks if remark], headings, lines, left=2)
+
+
+def _flatness(grown: Mapping[str, float]) -> str:
+    if math.isfinite(grown["flat_from"]):
+        return f"the same within 5 % from K = {grown['flat_from']:,} on"
+    least, most = grown["least"] / 2**20, grown["most"] / 2**20
+    return f"{grown['codebooks']:.1f} times the codebook and between {least:.1f} and {most:.1f} MiB"
 
 
 def accuracy(title: str, head: Head, rows: Sequence[Row]) -> Grid:

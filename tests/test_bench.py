@@ -1,6 +1,7 @@
 """Side by side: complete rows whatever the contenders do, and runs that go on where they were."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -192,6 +193,8 @@ def test_the_growth_of_memory_is_told_from_what_stays():
     assert found["matrices"] == pytest.approx(3 * 64 / 2048)
     assert found["least"] == pytest.approx(1000, abs=1e-3)
     assert found["most"] == pytest.approx(1000, abs=1e-3)
+    assert found["flat_from"] == math.inf
+    assert memory.growth([1, 4, 16, 64], [100, 300, 310, 296], tokens=8, dim=8)["flat_from"] == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a resident set is read from /proc")
