@@ -164,7 +164,7 @@ def cluster(
 ) -> KMeans | None:
     """:func:`kmeans` of prepared ``batches``; None where no rank has a token."""
     device = next(tokens.device for tokens, _ in batches)
-    drawn = torch.randint(2**62, (1,), generator=generator).to(device)
+    drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(device)
     seed = int(distributed.broadcast_from_rank_0(drawn, sync))
     together = torch.Generator(device).manual_seed(seed)
     own = torch.Generator(device).manual_seed(seed + 1 + distributed.rank(sync))

@@ -62,8 +62,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
     Raises ``lower [n]``, the best lower bounds that are known of the tokens; NaN where a token may not be compared.
     """
     n, n_groups, width = len(x), len(packed.rows), packed.rows.shape[2]
-    rows, in_reach = torch.empty(n, width, device=x.device), torch.empty(n, device=x.device)
-    to_lower = torch.empty(3, n, device=x.device)
+    rows, in_reach, to_lower = (lower.new_empty(shape) for shape in ((n, width), (n,), (3, n)))
     most = min(_MOST_RESCORED, max(_FEWEST_RESCORED, n_groups // _GROUPS_PER_RESCORED))
     # What is made of so many tokens, and their maxima, stay in the cache. The first piece is small, and tells.
     at_most = max(product_values() // max(width, n_groups), _TOKENS_PER_PRODUCT)

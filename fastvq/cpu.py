@@ -128,7 +128,7 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     if frame is None:
         return reference.nearest_code(x, codes, metric)
 
-    lower = torch.full((len(x),), -torch.inf, device=x.device)
+    lower = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
     indices = torch.full((len(x),), -1, device=x.device)
     step = len(codes) if packed else _part_size(codes, x.dtype)
     for first in range(0, len(codes), step):

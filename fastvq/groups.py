@@ -35,11 +35,11 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     Raises ``lower [n]``, the best lower bounds that are known of the tokens; NaN where a token may not be compared.
     """
     n, n_groups, width = len(x), len(packed.rows), packed.rows.shape[2]
-    rows = torch.empty(n, width, device=x.device)
+    rows = lower.new_empty(n, width)
     to_lower = pack_tokens(x, packed.frame, out=rows)
     # The maxima of so many tokens stay in the cache as well.
     step = even_pieces(n, max(_TOKENS_PER_PRODUCT, product_values() // n_groups))
-    in_reach = torch.empty(n, device=x.device)
+    in_reach = lower.new_empty(n)
     pieces = []
     for i in range(0, n, step):
         some = slice(i, i + step)
@@ -57,7 +57,7 @@ def _maxima(tokens: Tensor, packed: PackedCodebook) -> Tensor:
     n_tokens, n = tokens.shape[1], min(tokens.shape[1], _TOKENS_PER_PRODUCT)
     step = min(n_groups, max(1, product_values() // (group * n)))  # groups per product
     sizes = [n_groups * n_tokens, step * group * n]
-    maxima, buffer = torch.empty(sum(sizes), device=tokens.device).split(sizes)
+    maxima, buffer = tokens.new_empty(sum(sizes)).split(sizes)
     maxima = maxima.view(n_groups, n_tokens)
     pieces = packed.rows.view(-1, width).split(step * group)
     for some, of_some in zip(tokens.split(n, 1), maxima.split(n, 1), strict=True):
@@ -93,7 +93,7 @@ def rescored(
     With ``to_lower [3, n]`` raises ``lower [n]`` first.
     """
     n = len(tokens)
-    sums = torch.zeros(n, device=tokens.device)
+    sums = tokens.new_zeros(n)
     pairs = zip(owners.split(_PAIRS), groups.split(_PAIRS), strict=True)
     owners, codes = joined([_rescore(of, among, tokens, lower, packed, sums, to_lower) for of, among in pairs])
     crowded = is_crowded(sums)
@@ -123,9 +123,9 @@ def _rescore(
     n_groups, group, width = packed.rows.shape
     owners, groups, filled = _in_batches(owners, groups, n_groups)
     step = max(1, min(len(groups), product_values() // (group * width)))  # batches per product
-    bounds = torch.empty(len(groups), _TOKENS_PER_BATCH, group, device=tokens.device)
-    codes = torch.empty(step, group, width, device=tokens.device)
-    some = torch.empty(step * _TOKENS_PER_BATCH, width, device=tokens.device)
+    bounds = tokens.new_empty(len(groups), _TOKENS_PER_BATCH, group)
+    codes = tokens.new_empty(step, group, width)
+    some = tokens.new_empty(step * _TOKENS_PER_BATCH, width)
     for of, at, out in zip(groups.split(step), owners.split(step * _TOKENS_PER_BATCH), bounds.split(step), strict=True):
         torch.index_select(packed.rows, 0, of, out=codes[: len(of)])
         torch.index_select(tokens, 0, at, out=some[: len(at)])

@@ -68,8 +68,8 @@ def pack(codebook: Tensor, frame: Frame, in_bfloat16: bool = False) -> PackedCod
     n_codes, dim = codebook.shape
     group = _GROUP if n_codes >= _CODES_PER_COLUMN * dim else _SMALL_GROUP
     n_groups = -(-n_codes // group)
-    rows = torch.empty(n_groups, group, dim + 2, device=codebook.device)
-    norms = torch.ones(n_groups, 3, device=codebook.device)
+    rows = torch.empty(n_groups, group, dim + 2, dtype=torch.float32, device=codebook.device)
+    norms = torch.ones(n_groups, 3, dtype=torch.float32, device=codebook.device)
     rounded = empty_codebook(n_groups, group, dim, codebook.device) if in_bfloat16 else None
     step = max(1, _PIECE_VALUES // (group * (dim + 2)))
     for i, codes in zip(range(0, n_groups, step), codebook.split(step * group), strict=True):

@@ -64,7 +64,7 @@ def tile(x: Tensor, n_codes: int) -> Tensor:
 def merge(first: Draw, second: Draw) -> Draw:
     """One draw from the tokens of both."""
     n_tokens = first.n_tokens + second.n_tokens
-    chosen = torch.rand(len(first.rows), 1, device=first.rows.device) * n_tokens < second.n_tokens
+    chosen = torch.rand_like(first.rows[:, :1]) * n_tokens < second.n_tokens
     return Draw(torch.where(chosen, second.rows, first.rows), n_tokens)
 
 

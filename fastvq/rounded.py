@@ -42,7 +42,7 @@ class RoundedTokens(NamedTuple):
 def empty_codebook(n_groups: int, group: int, dim: int, device: torch.device) -> RoundedCodebook:
     """For :func:`round_codes` to fill."""
     rows = torch.empty(n_groups, group, dim + 5, dtype=torch.bfloat16, device=device)
-    return RoundedCodebook(rows, torch.zeros((), device=device))
+    return RoundedCodebook(rows, torch.zeros((), dtype=torch.float32, device=device))
 
 
 def round_codes(rows: Tensor, first: int, out: RoundedCodebook) -> None:

@@ -25,7 +25,7 @@ def statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | N
 
 def _scatter_add(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool) -> tuple[Tensor, Tensor]:
     if x.device.type == "cpu" and (not len(indices) or indices.amin() >= 0):
-        sums = torch.zeros(n_codes, x.shape[1], dtype=torch.float32).index_add_(0, indices, x.float())
+        sums = torch.zeros(n_codes, x.shape[1], dtype=torch.float32, device=x.device).index_add_(0, indices, x.float())
         return torch.bincount(indices, minlength=n_codes).float(), sums
     # A spare last row takes the tokens without a code and whatever they hold, so that x need not be copied.
     rows = torch.where(indices < 0, n_codes, indices)

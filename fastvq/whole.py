@@ -37,12 +37,12 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     # One allocation: several smaller ones the C library gives back to the system each time, and pages that come anew
     # are a fifth of the time with 1,024 codes.
     sizes = [n * width, n_codes * step, n_groups * step]
-    rows, buffer, maxima = torch.empty(sum(sizes), device=x.device).split(sizes)
+    rows, buffer, maxima = lower.new_empty(sum(sizes)).split(sizes)
     rows = rows.view(n, width)
     to_lower = pack_tokens(x, packed.frame, out=rows)
 
     codes, weights = packed.rows.view(n_codes, width), row_weights(n_codes, x.device)
-    sums = torch.empty(n, device=x.device)
+    sums = lower.new_empty(n)
     pieces = zip(rows.t().split(step, 1), to_lower.split(step, 1), lower.split(step), sums.split(step), strict=True)
     for some, of_some, least, counted in pieces:
         bounds = buffer[: n_codes * len(least)].view(n_codes, -1)

@@ -18,6 +18,49 @@ def test_autocast_changes_neither_indices_nor_state():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("options", [{}, {"init": "kmeans"}, {"restart_resets_statistics": True}], ids=str)
+def test_the_default_dtype_changes_nothing(options):
+    """Not even what is drawn at random."""
+    batches, states = torch.randn(3, 60, 8), []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            torch.manual_seed(0)
+            module = fastvq.EMACodebook(30, 8, no_random_restart=False, **options)
+            with module.accumulate():
+                module(batches[0])
+            states.append([*[module(z.requires_grad_()) for z in batches[1:]], module.state_dict().values()])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(*states, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "kmeans"}, {"no_random_restart": False}, {"metric": "cosine"}], ids=str
+)
+def test_tensors_stay_on_their_device_whatever_the_default(options):
+    module, (first, second) = fastvq.EMACodebook(300, 8, **options), torch.randn(2, 1600, 8)
+    codebooks = torch.randn(2, 300, 8)
+    with torch.device("meta"):
+        indices = module(first.requires_grad_()).indices
+        with module.accumulate():
+            module(second, torch.ones_like(second[:, 0], dtype=torch.bool))
+        found = [
+            *module(second),
+            *module.eval()(second),
+            module.dictionary_lookup(indices),
+            module.perplexity,
+            *fastvq.nearest_code(torch.stack([second, second]), codebooks, return_distance=True),
+            *fastvq.code_statistics(second, indices, 300),
+            *fastvq.quantize(torch.stack([second, second]), codebooks),
+            fastvq.kmeans(second, 20).codes,
+        ]
+    assert all(tensor.device.type == "cpu" for tensor in found)
+
+
 def test_nan_and_padding_never_reach_the_state():
     batches = [torch.randn(40, 4) for _ in range(20)]
     states = []

@@ -200,6 +200,23 @@ def test_reduced_precision_settings_of_the_caller_change_nothing(reduced_precisi
     assert [place.fp32_precision for place in PRECISIONS] == before
 
 
+@pytest.fixture(params=[torch.float64, torch.float16], ids=str)
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_default_dtype_of_the_caller_changes_nothing(default_dtype, metric):
+    x, codebook = torch.randn(700, 40, dtype=torch.float32), torch.randn(2100, 40, dtype=torch.float32)
+    codebook[:4] = codebook[5]
+    expected = reference.nearest_code(x, codebook, metric)
+    indices, distance = fastvq.nearest_code(x, codebook, metric=metric, return_distance=True)
+    assert torch.equal(indices, expected)
+    assert distance.dtype == torch.float32
+
+
 def test_expanded_formula_errs_where_the_search_does_not():
     x, codebook = torch.randn(2000, 128) + 30, torch.randn(1000, 128) + 30
     expected = reference.nearest_code(x, codebook)
