@@ -115,11 +115,11 @@ def test_an_interrupted_run_keeps_the_stages_that_ended(tmp_path):
         command(tmp_path, "--stages", "device,exactness"), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL
     )
     path = tmp_path / "gpu.json"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(30) == 128 + signal.SIGTERM
+    assert process.wait(200) == 128 + signal.SIGTERM
     stages = json.loads(path.read_text())["stages"]
     assert stages["device"]["status"] == "ok"
     assert len(stages["device"]["rows"]) == 3
@@ -179,7 +179,7 @@ def test_a_contender_that_raises_is_a_row_that_says_so(stage):
 
 
 def test_tasks_of_other_processes_may_raise_die_or_hang():
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     with Workers(2) as workers:
         roots = {task: (result, error) for task, result, error in workers.run(math.sqrt, [4.0, -1.0], end)}
         assert roots[4.0] == (2.0, "")

@@ -42,7 +42,7 @@ def run(programs, world_size, folder):
     ranks = launch(programs, world_size, folder)
     try:
         for rank in ranks:
-            _, errors = rank.communicate(timeout=200)
+            _, errors = rank.communicate(timeout=500)
             assert rank.returncode == 0, errors
     finally:
         for rank in ranks:
@@ -185,7 +185,7 @@ def test_without_sync_every_process_has_its_own(two):
 def test_a_killed_rank_ends_the_others_with_an_error(tmp_path):
     ranks = launch(["one_is_killed"], 2, tmp_path)
     try:
-        _, errors = ranks[0].communicate(timeout=100)
+        _, errors = ranks[0].communicate(timeout=400)
         assert ranks[0].returncode not in (0, None)
         assert "RuntimeError" in errors or "DistBackendError" in errors
     finally:

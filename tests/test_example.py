@@ -28,7 +28,7 @@ def start(*arguments, launcher=()):
 
 def finish(process):
     try:
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=400)
     finally:
         process.kill()
     return process.returncode, output

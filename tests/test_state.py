@@ -220,7 +220,7 @@ def test_a_killed_training_resumes_bit_for_bit(tmp_path):
         folder.mkdir()
         for attempt in attempts:
             done = subprocess.run(
-                [sys.executable, "-c", CRASH, str(folder), attempt], env=env, check=False, timeout=200
+                [sys.executable, "-c", CRASH, str(folder), attempt], env=env, check=False, timeout=500
             )
             assert done.returncode == (-signal.SIGKILL if attempt == "crash" else 0)
         states.append(torch.load(folder / "result.pt"))
