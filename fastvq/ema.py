@@ -70,22 +70,23 @@ def ema_step(
         N.copy_(N * decay + counts * (1 - decay))
         total = N.sum()
         weights = (N + smoothing) / (total + len(N) * smoothing) * total
-        dead = is_dead(N, restart_thres, restart_thres_relative)
-        if found is not None:
-            dead = dead & found.reshape(())
         step = max(1, _PIECE_VALUES // embeddings.shape[1])
-        for first in range(0, len(N), step):
-            some = slice(first, first + step)
+        pieces = [slice(first, first + step) for first in range(0, len(N), step)]
+        for some in pieces:
             z, e = z_avg[some], embeddings[some]
             z.mul_(decay).add_(sums[some] * (1 - decay))
             # Before any token was ever counted there is nothing to divide by.
             e.copy_(torch.where(total > 0, z / weights[some, None], e))
-            if rows is not None:
-                e.copy_(torch.where(dead[some, None], rows[some], e))
-                if resets:
-                    z.copy_(torch.where(dead[some, None], rows[some], z))
-        if rows is not None and resets:
-            N.copy_(torch.where(dead, 1, N))
+        if rows is None:
+            return
+        rare = is_dead(N, restart_thres, restart_thres_relative)
+        if found is not None:
+            rare = rare & found.reshape(())
+        for tensor in (embeddings, z_avg) if resets else (embeddings,):
+            for some in pieces:
+                tensor[some] = torch.where(rare[some, None], rows[some], tensor[some])
+        if resets:
+            N.copy_(torch.where(rare, 1, N))
 
 
 def _without_gaps(*tensors: Tensor) -> bool:
