@@ -11,23 +11,37 @@ of the time of float32's and a sixth of bfloat16's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.candidates import Candidates, is_crowded, joined, product_values
+from fastvq.candidates import Candidates, joined, product_values
 from fastvq.groups import reaching, rescored
 from fastvq.packed import PackedCodebook, error_constant, pack_tokens, raise_lower
 from fastvq.rounded import UNIT, RoundedCodebook, RoundedTokens, round_tokens
 
 Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
 
-# Measured against float32: 1.15 times as long with 8,192 x 1,024 x 128 and 1.2 times with 1,024 x 2,048 x 128, as long
-# with 512 x 16,384 x 64, 0.8 times with 8,192 x 2,048 x 64 and with 512 x 16,384 x 256, 0.5 with 8,192 x 4,096 x 256.
-_FEWEST_CODES, _FEWEST_COORDINATES = 2048, 32
-# The time that is saved grows with N K D, what is done besides with N + K: their quotient.
-_LEAST_SAVED = 100_000
+
+class Worth(NamedTuple):
+    """From which sizes on products in bfloat16 save more time than what is done besides."""
+
+    codes: int
+    coordinates: int
+    work: float  # N K (D + 8): maxima of integers save as much as eight coordinates
+
+
+# Times measured against float32, on two cores each.
+_WORTH = {
+    # Xeon: 1.15 with 8,192 x 1,024 x 128, 1.0 with 512 x 16,384 x 64, 0.8 with 8,192 x 2,048 x 64 and with
+    # 512 x 16,384 x 256, 0.5 with 8,192 x 4,096 x 256.
+    "AMX": Worth(2048, 32, 6e8),
+    # EPYC (Zen 5), product 4 times as fast: 0.9 with 8,192 x 1,024 x 64, 1.3 with 2,048 x 1,024 x 64, 0.9 with
+    # 8,192 x 4,096 x 8, 1.0 with 512 x 16,384 x 16, 0.8 with 512 x 16,384 x 32, 0.4 with 8,192 x 4,096 x 128.
+    "AVX-512 BF16": Worth(1024, 8, 2.5e8),
+}
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
 _TOKENS_PER_PRODUCT = 512
 # A product of a new size is compiled first, which takes some milliseconds: few sizes, whatever the number of tokens.
@@ -42,18 +56,24 @@ _FEWEST_RESCORED, _MOST_RESCORED = 8, 64
 _MOST_LEFT = 1 / 3
 
 
-def has_matrix_units() -> bool:
-    """Whether products of bfloat16 take much less time on this processor than those of float32: it has AMX."""
+def bfloat16_units() -> str | None:
+    """What makes products of bfloat16 take much less time on this processor than those of float32, if anything."""
     mkldnn = torch.backends.mkldnn
-    return bool(mkldnn.is_available() and mkldnn.enabled and torch.cpu._is_amx_tile_supported())
+    if not (mkldnn.is_available() and mkldnn.enabled):
+        return None
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def pays(n_tokens: float, n_codes: int, dim: int) -> bool:
     """Whether this machine searches so many tokens sooner with a first scan in bfloat16."""
-    if n_codes < _FEWEST_CODES or dim < _FEWEST_COORDINATES:
+    units = bfloat16_units()
+    if units is None:
         return False
-    saved = n_codes * dim / (1 + n_codes / max(n_tokens, 1))
-    return saved >= _LEAST_SAVED and has_matrix_units()
+    worth = _WORTH[units]
+    enough = n_codes >= worth.codes and dim >= worth.coordinates
+    return enough and n_tokens * n_codes * (dim + 8) >= worth.work
 
 
 def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: RoundedCodebook, fine: Search) -> Candidates:
@@ -62,28 +82,29 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
     Raises ``lower [n]``, the best lower bounds that are known of the tokens; NaN where a token may not be compared.
     """
     n, n_groups, width = len(x), len(packed.rows), packed.rows.shape[2]
-    rows, in_reach, to_lower = (lower.new_empty(shape) for shape in ((n, width), (n,), (3, n)))
+    rows, to_lower = lower.new_empty(n, width), lower.new_empty(3, n)
     most = min(_MOST_RESCORED, max(_FEWEST_RESCORED, n_groups // _GROUPS_PER_RESCORED))
     # What is made of so many tokens, and their maxima, stay in the cache. The first piece is small, and tells.
     at_most = max(product_values() // max(width, n_groups), _TOKENS_PER_PRODUCT)
     step = at_most // _TOKENS_PER_PRODUCT * _TOKENS_PER_PRODUCT
-    pieces, end = [], 0
+    pieces, left, end = [], [], 0
     while end < n:
         some = slice(end, min(n, end + (step if end else _TOKENS_PER_PRODUCT)))
         to_lower[:, some] = pack_tokens(x[some], packed.frame, out=rows[some])
         _raise_by_sample(lower[some], rows[some], packed, to_lower[:, some])
         tokens = round_tokens(rows[some], to_lower[:, some], lower[some], rounded.ratio, error_constant(width - 2))
-        owners, groups = reaching(_reaches(tokens, packed, rounded), in_reach[some], most)
+        owners, groups, many = reaching(_reaches(tokens, packed, rounded), most)
         pieces.append((owners + some.start, groups))
+        left.append(many + some.start)
         end = some.stop
-        if is_crowded(in_reach[some], most).sum() > _MOST_LEFT * (end - some.start):
+        if len(many) > _MOST_LEFT * (end - some.start):
             break
     found = rescored(*joined(pieces), rows, lower, packed, to_lower)
-    left = torch.cat([is_crowded(in_reach[:end], most).nonzero()[:, 0], torch.arange(end, n, device=x.device)])
-    if len(left):
-        least = lower[left]
-        found = _with(found, fine(x[left], packed, least), left)
-        lower[left] = least
+    others = torch.cat([*left, torch.arange(end, n, device=x.device)])
+    if len(others):
+        least = lower[others]
+        found = _with(found, fine(x[others], packed, least), others)
+        lower[others] = least
     return found
 
 
@@ -96,12 +117,12 @@ def _raise_by_sample(lower: Tensor, rows: Tensor, packed: PackedCodebook, to_low
 
 
 def _reaches(tokens: RoundedTokens, packed: PackedCodebook, rounded: RoundedCodebook) -> Tensor:
-    """1 where the largest bound of a group reaches the best lower bound of a token, else 0, ``[n, groups]``."""
+    """Not 0 where the largest bound of a group reaches the best lower bound of a token, ``[groups, n]``."""
     maxima = _maxima(tokens.rows, rounded.rows).view(torch.bfloat16).float()
     # A product that is not negative was at least this share of itself before it was rounded.
     least = torch.addmm(maxima, packed.norms, tokens.to_lower, beta=1 - 2 * UNIT).amax(0)
     least = torch.maximum(tokens.lower, least)
-    return maxima.ge_(least.bfloat16().float()).t()
+    return maxima.ge_(least.bfloat16().float())
 
 
 def _maxima(tokens: Tensor, codes: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fastvq.candidates import (
+    MOST,
     Candidates,
     even_pieces,
-    is_crowded,
     joined,
-    only_row,
+    order_of,
+    places,
     product_values,
-    row_weights,
-    with_several,
+    without_crowded,
 )
 from fastvq.packed import PackedCodebook, pack_tokens, raise_lower
 
@@ -39,16 +39,16 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     to_lower = pack_tokens(x, packed.frame, out=rows)
     # The maxima of so many tokens stay in the cache as well.
     step = even_pieces(n, max(_TOKENS_PER_PRODUCT, product_values() // n_groups))
-    in_reach = lower.new_empty(n)
-    pieces = []
+    pieces, crowded = [], []
     for i in range(0, n, step):
         some = slice(i, i + step)
         maxima = _maxima(rows[some].t(), packed)
         raise_lower(lower[some], maxima, packed, to_lower[:, some])
-        owners, groups = reaching(maxima.ge_(lower[some]).t(), in_reach[some])
+        owners, groups, many = reaching(maxima.ge_(lower[some]), MOST)
         pieces.append((owners + i, groups))
+        crowded.append(many + i)
     found = rescored(*joined(pieces), rows, lower, packed)
-    return found._replace(crowded=torch.cat([found.crowded, is_crowded(in_reach).nonzero()[:, 0]]))
+    return found._replace(crowded=torch.cat([found.crowded, *crowded]))
 
 
 def _maxima(tokens: Tensor, packed: PackedCodebook) -> Tensor:
@@ -56,9 +56,7 @@ def _maxima(tokens: Tensor, packed: PackedCodebook) -> Tensor:
     n_groups, group, width = packed.rows.shape
     n_tokens, n = tokens.shape[1], min(tokens.shape[1], _TOKENS_PER_PRODUCT)
     step = min(n_groups, max(1, product_values() // (group * n)))  # groups per product
-    sizes = [n_groups * n_tokens, step * group * n]
-    maxima, buffer = tokens.new_empty(sum(sizes)).split(sizes)
-    maxima = maxima.view(n_groups, n_tokens)
+    maxima, buffer = tokens.new_empty(n_groups, n_tokens), tokens.new_empty(step * group * n)
     pieces = packed.rows.view(-1, width).split(step * group)
     for some, of_some in zip(tokens.split(n, 1), maxima.split(n, 1), strict=True):
         for codes, largest in zip(pieces, of_some.split(step), strict=True):
@@ -68,16 +66,11 @@ def _maxima(tokens: Tensor, packed: PackedCodebook) -> Tensor:
     return maxima
 
 
-def reaching(reaches: Tensor, sums: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pairs of token and group where ``reaches [n, groups]`` is 1, not 0; none of a token with more than ``most``.
-
-    Writes ``sums [n]``, which tell how many there are.
-    """
-    torch.mv(reaches, row_weights(reaches.shape[1], reaches.device), out=sums)
-    only, several = only_row(sums), with_several(sums, most)
-    single = (only >= 0).nonzero()[:, 0]
-    at, groups = reaches.index_select(0, several).nonzero().unbind(1)
-    return joined([(single, only.index_select(0, single)), (several.index_select(0, at), groups)])
+def reaching(reaches: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and groups where ``reaches [groups, n]`` is not 0, and tokens left out: those with more than ``most``."""
+    groups, owners = places(reaches)
+    counts = torch.bincount(owners, minlength=reaches.shape[1])
+    return *without_crowded(owners, groups, counts, most), (counts > most).nonzero()[:, 0]
 
 
 def rescored(
@@ -92,15 +85,14 @@ def rescored(
 
     With ``to_lower [3, n]`` raises ``lower [n]`` first.
     """
-    n = len(tokens)
-    sums = tokens.new_zeros(n)
+    counts = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     pairs = zip(owners.split(_PAIRS), groups.split(_PAIRS), strict=True)
-    owners, codes = joined([_rescore(of, among, tokens, lower, packed, sums, to_lower) for of, among in pairs])
-    crowded = is_crowded(sums)
-    n_codes = torch.bincount(owners, minlength=n).masked_fill_(crowded, 0)
-    indices = torch.full((n,), -1, device=tokens.device)
-    indices.index_copy_(0, owners, codes).masked_fill_(n_codes != 1, -1)
-    left = (n_codes.index_select(0, owners) > 1).nonzero()[:, 0]
+    owners, codes = joined([_rescore(of, among, tokens, lower, packed, counts, to_lower) for of, among in pairs])
+    crowded = counts > MOST
+    counts.masked_fill_(crowded, 0)
+    indices = torch.full_like(counts, -1)
+    indices.index_copy_(0, owners, codes).masked_fill_(counts != 1, -1)
+    left = (counts.index_select(0, owners) > 1).nonzero()[:, 0]
     return Candidates(indices, owners.index_select(0, left), codes.index_select(0, left), crowded.nonzero()[:, 0])
 
 
@@ -110,19 +102,19 @@ def _rescore(
     tokens: Tensor,
     lower: Tensor,
     packed: PackedCodebook,
-    sums: Tensor,
+    counts: Tensor,
     to_lower: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Of the codes in ``groups [pairs]`` those whose own bound reaches that of their token, ``owners [pairs]``.
 
-    Adds them to ``sums [n]``, which tell how many there are of each token.
+    Adds to ``counts [n]`` how many there are of each token.
 
     Returns:
         Token and code of each, in no particular order; not all, or none, of a crowded token.
     """
     n_groups, group, width = packed.rows.shape
     owners, groups, filled = _in_batches(owners, groups, n_groups)
-    step = max(1, min(len(groups), product_values() // (group * width)))  # batches per product
+    step = max(1, min(len(groups), product_values() // (4 * group * width)))  # batches per product
     bounds = tokens.new_empty(len(groups), _TOKENS_PER_BATCH, group)
     codes = tokens.new_empty(step, group, width)
     some = tokens.new_empty(step * _TOKENS_PER_BATCH, width)
@@ -138,15 +130,15 @@ def _rescore(
         lower.scatter_reduce_(0, owners, least.view(-1), "amax")
     limits = lower.index_select(0, owners).masked_fill_(~filled, torch.inf)
     reaches = bounds.view(-1, group).ge_(limits[:, None])
-    in_group = torch.mv(reaches, row_weights(group, tokens.device))
-    sums.index_add_(0, owners, in_group)
-    in_group.masked_fill_(is_crowded(sums).index_select(0, owners), 0)
-    only, several = only_row(in_group), with_several(in_group)
-    one = (only >= 0).nonzero()[:, 0]
-    pairs, members = reaches.index_select(0, several).nonzero().unbind(1)
-    pairs, members = joined([(one, only.index_select(0, one)), (several.index_select(0, pairs), members)])
-    groups = groups.index_select(0, torch.div(pairs, _TOKENS_PER_BATCH, rounding_mode="floor"))
-    return owners.index_select(0, pairs), groups * group + members
+    found, step = [], product_values() // group
+    for i, some in enumerate(reaches.split(step)):
+        pairs, members = places(some)
+        pairs += i * step
+        of = groups.index_select(0, torch.div(pairs, _TOKENS_PER_BATCH, rounding_mode="floor"))
+        at = owners.index_select(0, pairs)
+        counts += torch.bincount(at, minlength=len(counts))
+        found.append(without_crowded(at, of * group + members, counts, MOST))
+    return joined(found)
 
 
 def _in_batches(owners: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +148,8 @@ def _in_batches(owners: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, 
         Token of each place, the group of each batch, and whether a place holds a pair: those that fill a group's last
         batch have token 0.
     """
-    groups, order = groups.sort()
+    order = order_of(groups)
+    groups = groups.index_select(0, order)
     sizes = torch.bincount(groups, minlength=n_groups)
     batches = (sizes + (_TOKENS_PER_BATCH - 1)).div_(_TOKENS_PER_BATCH, rounding_mode="floor")
     fill = batches.mul(_TOKENS_PER_BATCH).sub_(sizes)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 import fastvq
 from fastvq.backends import choose_backend, interpreting
-from fastvq.coarse import has_matrix_units
+from fastvq.coarse import bfloat16_units
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -70,7 +70,8 @@ def info_table(device: torch.device) -> Table:
     rows["device"] = f"{device.type}: {device_name(device)}"
     rows["backend"] = f"{backend} ({reason})"
     if device.type == "cpu":
-        rows["large searches"] = "bfloat16 first, on matrix units (AMX)" if has_matrix_units() else "float32"
+        units = bfloat16_units()
+        rows["large searches"] = f"bfloat16 first ({units})" if units else "float32"
     if interpreting():
         rows["TRITON_INTERPRET"] = '1: backend "triton" runs interpreted, on CPU tensors'
     table = Table(title="fastvq on this machine", show_header=False)

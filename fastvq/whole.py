@@ -14,6 +14,7 @@ from fastvq.candidates import (
     is_crowded,
     joined,
     only_row,
+    places,
     product_values,
     row_weights,
     with_several,
@@ -34,11 +35,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     n_groups, group, width = packed.rows.shape
     n_codes = n_groups * group
     step = even_pieces(n, product_values() // n_codes)
-    # One allocation: several smaller ones the C library gives back to the system each time, and pages that come anew
-    # are a fifth of the time with 1,024 codes.
-    sizes = [n * width, n_codes * step, n_groups * step]
-    rows, buffer, maxima = lower.new_empty(sum(sizes)).split(sizes)
-    rows = rows.view(n, width)
+    rows, buffer, maxima = (lower.new_empty(size) for size in ((n, width), n_codes * step, n_groups * step))
     to_lower = pack_tokens(x, packed.frame, out=rows)
 
     codes, weights = packed.rows.view(n_codes, width), row_weights(n_codes, x.device)
@@ -57,6 +54,6 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     for some in several.split(step):
         bounds = buffer[: n_codes * len(some)].view(n_codes, -1)
         torch.mm(codes, rows.index_select(0, some).t(), out=bounds)
-        numbers, at = bounds.ge_(lower.index_select(0, some)).nonzero().unbind(1)
+        numbers, at = places(bounds.ge_(lower.index_select(0, some)))
         found.append((some.index_select(0, at), numbers))
     return Candidates(only_row(sums), *joined(found), is_crowded(sums).nonzero()[:, 0])

@@ -187,9 +187,9 @@ def test_verify_without_a_matching_case_is_one_line(invoke):
     assert_one_line_error(invoke("verify", "--only", "no such case"), "only must be part of the name of a case")
 
 
-@pytest.mark.parametrize(("matrix_units", "products"), [(True, "bfloat16 first"), (False, "searches float32")])
-def test_info_shows_versions_device_and_backend(invoke, monkeypatch, matrix_units, products):
-    monkeypatch.setattr(info, "has_matrix_units", lambda: matrix_units)
+@pytest.mark.parametrize(("units", "products"), [("AMX", "bfloat16 first (AMX)"), (None, "searches float32")])
+def test_info_shows_versions_device_and_backend(invoke, monkeypatch, units, products):
+    monkeypatch.setattr(info, "bfloat16_units", lambda: units)
     result = invoke("info", "--device", "cpu")
     assert result.exit_code == 0
     for text in (fastvq.__version__, torch.__version__, "thread", "torch (the blocked PyTorch path", products):

@@ -94,8 +94,17 @@ def test_a_search_pays_with_many_tokens_and_codes(monkeypatch):
     assert not coarse.pays(8192, 1000, 64)
     assert not coarse.pays(8192, 8192, 8)
     assert not coarse.pays(0, 8192, 64)
+
+
+def test_without_matrix_units_it_pays_where_the_processor_multiplies_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert coarse.pays(8192, 1024, 64)
+    assert coarse.pays(8192, 8192, 8)
+    assert not coarse.pays(2048, 1024, 64)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not coarse.pays(4096, 8192, 64)
+    assert not coarse.pays(8192, 8192, 64)
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert not coarse.pays(4096, 8192, 64)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not coarse.pays(8192, 8192, 64)

@@ -161,10 +161,11 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
         monkeypatch.setattr(cpu, "_TOKENS_PER_BLOCK", 3 * tokens)
         for way in (coarse, groups):
             monkeypatch.setattr(way, "_TOKENS_PER_PRODUCT", tokens)
+        for module in (candidates, groups):
+            monkeypatch.setattr(module, "MOST", most)
         monkeypatch.setattr(groups, "_PAIRS", values)
         monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
         monkeypatch.setattr(candidates, "_VALUES_PER_THREAD", codes * tokens)
-        monkeypatch.setattr(candidates, "_MOST", most)
         monkeypatch.setattr(packed, "_SMALL_GROUP", codes // 8)
         monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
