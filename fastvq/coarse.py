@@ -46,8 +46,9 @@ _WORTH = {
 _TOKENS_PER_PRODUCT = 512
 # A product of a new size is compiled first, which takes some milliseconds: few sizes, whatever the number of tokens.
 _MULTIPLE = 128
-# Products are shifted by the best that one in so many groups of codes has to offer.
-_GROUPS_PER_SAMPLE = 64
+# Products are shifted by the best that a few codes of one in so many groups have to offer: any that is not far off
+# leaves less to round than what rounding the operands costs.
+_GROUPS_PER_SAMPLE, _CODES_PER_SAMPLE = 64, 8
 # To score the codes of more groups again, one in so many, takes longer than to search all codes in float32. Bounds the
 # memory of what is rescored.
 _GROUPS_PER_RESCORED = 8
@@ -109,11 +110,11 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
 
 
 def _raise_by_sample(lower: Tensor, rows: Tensor, packed: PackedCodebook, to_lower: Tensor) -> None:
-    """Raise ``lower [n]`` for tokens ``[n, D + 2]`` by the codes of some groups."""
-    _, group, width = packed.rows.shape
-    some = packed._replace(rows=packed.rows[::_GROUPS_PER_SAMPLE], norms=packed.norms[::_GROUPS_PER_SAMPLE])
-    bounds = torch.mm(some.rows.reshape(-1, width), rows.t())
-    raise_lower(lower, bounds.view(-1, group, len(rows)).amax(1), some, to_lower)
+    """Raise ``lower [n]`` for tokens ``[n, D + 2]`` by a few codes."""
+    codes = packed.rows[::_GROUPS_PER_SAMPLE, :_CODES_PER_SAMPLE]
+    some = packed._replace(rows=codes, norms=packed.norms[::_GROUPS_PER_SAMPLE])
+    bounds = torch.mm(codes.flatten(0, 1), rows.t())
+    raise_lower(lower, bounds.view(*codes.shape[:2], -1).amax(1), some, to_lower)
 
 
 def _reaches(tokens: RoundedTokens, packed: PackedCodebook, rounded: RoundedCodebook) -> Tensor:

@@ -65,7 +65,7 @@ def round_tokens(rows: Tensor, to_lower: Tensor, lower: Tensor, ratio: Tensor, c
     rounded[:, :dim] = rows[:, :dim]
     ca = rows[:, dim + 1]
     a, tiny = ca / c, 2.0**-61 * dim**0.5
-    r = torch.linalg.vector_norm(rows[:, :dim] - rounded[:, :dim], dim=1) + tiny
+    r = torch.linalg.vector_norm(rounded[:, :dim].float().sub_(rows[:, :dim]), dim=1) + tiny
     p = ((r + ratio * (a + r) + ca) * _UP).bfloat16()
     # Errors of the product that come from the shift, and subnormal numbers: operands, and squares of residuals.
     slack = 2 * c * lower.abs() - to_lower[2] * 2.0**23 + tiny * a
