@@ -13,6 +13,7 @@ from .sass_flow import Flow, read_flow
 # The shape in the name, M·N·K: HMMA.16816 is 16x8x16 and belongs to one warp, HGMMA.64x128x16 to four.
 HMMA_SHAPE = re.compile(r"HMMA\.(16)(8)(8|16)\b")
 HGMMA_SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\b")
+Loops = dict[int, set[int]]  # the instructions of each, by the first
 
 
 @dataclass(frozen=True)
@@ -45,43 +46,39 @@ def main_loop(compiled: Compiled, *, inner_passes: int | None = None) -> Loop:
     Raises ValueError for a kernel compiled for AMD, one without such a loop, and `inner_passes` where no loop with
     matrix instructions lies around the innermost.
     """
-    if not compiled.target.startswith("sm_"):
-        raise ValueError(f"main_loop reads NVIDIA machine code, got a kernel compiled for {compiled.target}")
-    flow = read_flow(compiled.assembly, compiled.name)
-    loops = flow.loops()
-    busy = {head: body for head, body in loops.items() if _matrix(flow, body)}
-    if not busy:
-        raise ValueError(f"{compiled.name} for {compiled.target} has no loop with matrix instructions")
+    flow, loops, busy = _busy_loops(compiled)
     innermost = {head: body for head, body in busy.items() if not any(other < body for other in busy.values())}
     head = max(innermost, key=lambda h: (_matrix(flow, innermost[h]), len(innermost[h])))
     if inner_passes is None:
         return _count(flow, loops, head, Counter(loops[head]))
-    around = [h for h, body in busy.items() if loops[head] < body]
-    if not around:
-        raise ValueError(f"inner_passes needs a loop around the innermost one, {compiled.name} has none")
-    outer = min(around, key=lambda h: len(loops[h]))
-    passes = Counter({at: inner_passes if at in loops[head] else 1 for at in loops[outer]})
-    return _count(flow, loops, outer, passes)
+    return _count_around(flow, loops, busy, head, inner_passes)
 
 
-def code_tile_loop(compiled: Compiled, *, pairs: int, depth: int) -> Loop:
+def code_tile_loop(compiled: Compiled, *, pairs: int, depth: int, chunks: int = 1) -> Loop:
     """The region passed once per code tile, with its matrix instructions as proof.
 
-    Whether a loop over slices of D survives or is unrolled into the loop over code tiles is the compiler's choice
-    and changes with D and target; this takes the innermost loop if it multiplies a whole tile, and otherwise the
-    loop around it with as many inner passes as the tile needs.
+    Whether a loop over chunks of D survives or is unrolled into the loop over code tiles is the compiler's choice
+    and changes with D and target; this takes an innermost loop if it multiplies a whole tile, and otherwise the
+    loop around one that multiplies a chunk. A kernel may have loops over tiles of several sizes.
 
-    pairs: BM·BN. depth: padded D. Raises ValueError where neither loop multiplies exactly one tile (the compiler
-    peeled passes or unrolled tiles: use `main_loop` and `pairs_per_pass`), and for tcgen05 and AMD, which do not
-    show their shapes.
+    pairs: BM·BN. depth: padded D. chunks: of D. Raises ValueError where no loop multiplies exactly one tile (the
+    compiler peeled passes or unrolled tiles: use `main_loop` and `pairs_per_pass`), and for tcgen05 and AMD, which do
+    not show their shapes.
     """
-    loop = main_loop(compiled)
-    passes = pairs / pairs_per_pass(loop, compiled.threads, depth)
-    if passes > 1 and passes.is_integer():
-        loop = main_loop(compiled, inner_passes=int(passes))
-    if (found := pairs_per_pass(loop, compiled.threads, depth)) != pairs:
-        raise ValueError(f"pairs must be what one pass of {compiled.name} multiplies, {found:g}, got {pairs}")
-    return loop
+    flow, loops, busy = _busy_loops(compiled)
+    innermost = [head for head, body in busy.items() if not any(other < body for other in busy.values())]
+    found = []
+    for head in innermost:
+        loop = _count(flow, loops, head, Counter(loops[head]))
+        passes = pairs / pairs_per_pass(loop, compiled.threads, depth)
+        if passes > 1 and passes == chunks:
+            loop = _count_around(flow, loops, busy, head, chunks)
+        found.append((pairs_per_pass(loop, compiled.threads, depth), loop))
+    for multiplied, loop in found:
+        if multiplied == pairs:
+            return loop
+    passes_found = ", ".join(f"{multiplied:g}" for multiplied, _ in found)
+    raise ValueError(f"pairs must be what one pass of {compiled.name} multiplies, {passes_found}, got {pairs}")
 
 
 def pairs_per_pass(loop: Loop, threads: int, depth: int) -> float:
@@ -97,6 +94,27 @@ def pairs_per_pass(loop: Loop, threads: int, depth: int) -> float:
     return loop.macs_per_warp * threads / 32 / depth
 
 
+def _busy_loops(compiled: Compiled) -> tuple[Flow, Loops, Loops]:
+    """The instructions, the loops, and those with matrix instructions."""
+    if not compiled.target.startswith("sm_"):
+        raise ValueError(f"loops are read in NVIDIA machine code, got a kernel compiled for {compiled.target}")
+    flow = read_flow(compiled.assembly, compiled.name)
+    loops = flow.loops()
+    busy = {head: body for head, body in loops.items() if _matrix(flow, body)}
+    if not busy:
+        raise ValueError(f"{compiled.name} for {compiled.target} has no loop with matrix instructions")
+    return flow, loops, busy
+
+
+def _count_around(flow: Flow, loops: Loops, busy: Loops, head: int, inner_passes: int) -> Loop:
+    """The loop around an innermost one, which counts so many times."""
+    around = [h for h, body in busy.items() if loops[head] < body]
+    if not around:
+        raise ValueError("inner_passes needs a loop around the innermost one, there is none")
+    outer = min(around, key=lambda h: len(loops[h]))
+    return _count(flow, loops, outer, Counter({at: inner_passes if at in loops[head] else 1 for at in loops[outer]}))
+
+
 def _matrix(flow: Flow, body: Iterable[int]) -> int:
     return sum(bool(CUDA_MATRIX.fullmatch(_base(flow.opcodes[at]))) for at in body)
 
@@ -105,7 +123,7 @@ def _base(opcode: str) -> str:
     return opcode.split(".")[0]
 
 
-def _count(flow: Flow, loops: dict[int, set[int]], head: int, passes: Counter[int]) -> Loop:
+def _count(flow: Flow, loops: Loops, head: int, passes: Counter[int]) -> Loop:
     ends = [at for at in loops[head] if head in flow.successors[at]]
     counts: Counter[str] = Counter()
     skippable: Counter[str] = Counter()

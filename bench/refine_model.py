@@ -68,10 +68,10 @@ def products(dim: int) -> int:
     return packed_width(dim) * (1 if dim <= SPLIT_D else 3)
 
 
-def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCost) -> dict[str, float]:
+def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], costs: Mapping[int, PairCost]) -> dict[str, float]:
     """Modelled seconds by step, for float32 tokens and codes.
 
-    counts: a row of `open_tokens.json` of this codebook size. cost: instructions of the second scan.
+    counts: a row of `open_tokens.json` of this codebook size. costs: instructions of the second scan by codes per tile.
     """
     tokens = problem.heads * problem.tokens
     config = sm_90_config(problem.dim)
@@ -92,18 +92,21 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], cost: PairCo
     )
     per_head = n_open / problem.heads
     row_tiles = math.ceil(per_head / tiles.block_m)
+    programs = triton.cdiv(tiles.programs * H100.sms, problem.heads)
+    has_few = row_tiles * triton.cdiv(problem.codes, tiles.block_n) < programs
+    block_n = tiles.columns[-1] if has_few else tiles.block_n
     scanned = 0.0  # steps of all tiles
     if row_tiles:
         # A tile needs a range if one of its tokens does. Few open tokens were counted: one range more than they need.
         needed = (counts["again"] + 1) / (counts["open"] * counts["ranges"] + 1)
         share = 1 - (1 - needed) ** (per_head / row_tiles)
-        scanned = problem.heads * row_tiles * share * triton.cdiv(problem.codes, tiles.block_n)
+        scanned = problem.heads * row_tiles * share * triton.cdiv(problem.codes, block_n)
     parts = min(2, depth // width)
-    rows_read = tiles.block_n
+    rows_read = block_n
     if width > tiles.resident:
         rows_read += per_head / max(1, row_tiles)
     read = scanned * rows_read * parts * half / L2_RATE
-    multiplied = modelled_time(tiles.block_m, tiles.block_n, depth, cost).seconds * scanned
+    multiplied = modelled_time(tiles.block_m, block_n, depth, costs[block_n]).seconds * scanned
     return {
         "bins": (tokens + SHARES * n_hard) * bins / of_bins,
         # norm in, G_k of the best code in, index out
@@ -122,16 +125,18 @@ def operand_rate(operand_bytes: float) -> float:
     return L2_RATE if operand_bytes <= L2_BYTES else MEMORY_RATE
 
 
-def traffic_rows(costs: Mapping[int, PairCost], rescan_costs: Mapping[int, PairCost]) -> Iterator[dict[str, Any]]:
+def traffic_rows(
+    costs: Mapping[int, PairCost], rescan_costs: Mapping[int, Mapping[int, PairCost]]
+) -> Iterator[dict[str, Any]]:
     """A row per shape: modelled scan, and what follows it, on Gaussian data; then the photographs.
 
     costs: instructions per pair of the scan on sm_90, by width of the packed rows. rescan_costs: of the second scan,
-    by a dimension for each width and number of products.
+    by a dimension for each width and number of products, and by codes per tile.
     """
     counted = json.loads(COUNTS.read_text())["rows"]
     keys = ("codes", "dim", "metric", "ranges")
     gaussian = {tuple(row[key] for key in keys): row for row in counted if row["data"] == "gaussian"}
-    second = {(packed_width(dim), products(dim)): cost for dim, cost in rescan_costs.items()}
+    second = {(packed_width(dim), products(dim)): by_tile for dim, by_tile in rescan_costs.items()}
     cases = [(problem, gaussian[same_counts(problem)]) for problem in (*PUBLISHED, *MODELS)]
     for row in counted:
         if row["data"] == "photos":

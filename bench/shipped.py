@@ -91,6 +91,7 @@ def rescan(target: str, dim: int) -> tuple[Compiled, RescanConfig]:
         "BD": min(width, bounds.CHUNK),
         "BM": config.block_m,
         "BN": config.block_n,
+        "FEW_N": config.columns[-1],
         "LANES": scan_config(width, target).lanes,
         "CANDIDATES": CANDIDATES,
         "SPLIT": dim <= SPLIT_D,

@@ -40,7 +40,7 @@ FLOAT32_FMA = re.compile(r"\bFFMA|\bv_(?:pk_)?fmac?_f32")
 def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any]]:
     """One record per kernel, width and target; then those of the models of traffic on sm_90."""
     scan_costs: dict[int, PairCost] = {}
-    rescan_costs: dict[int, PairCost] = {}
+    rescan_costs: dict[int, dict[int, PairCost]] = {}
     settles: dict[int, Compiled] = {}
     for target in targets:
         for width in SCANS:
@@ -56,10 +56,12 @@ def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any
             compiled, tiles = rescan(target, dim)
             depth, width = products(dim), packed_width(dim)
             chunks = 1 if width <= tiles.resident else width // CHUNK
-            costs = _costs(compiled, depth, tiles.block_m * tiles.block_n, chunks)
+            by_tile = {n: _costs(compiled, depth, tiles.block_m * n, chunks) for n in tiles.columns}
             if target == "sm_90":
-                rescan_costs[dim] = PairCost(costs["slots_per_pair"], costs["alu_per_pair"])
-            yield {**_resources(compiled, dim), **costs}
+                rescan_costs[dim] = {n: PairCost(c["slots_per_pair"], c["alu_per_pair"]) for n, c in by_tile.items()}
+            yield {**_resources(compiled, dim), **by_tile[tiles.block_n]}
+            if tiles.few_n:
+                yield {"kernel": "rescan_kernel, few", "target": target, "D": dim, **by_tile[tiles.few_n]}
         if target != "gfx942":
             compiled = plain(target)
             yield {**_resources(compiled, 64), **_costs(compiled, 64, PLAIN_TILE**2, 1)}
@@ -101,7 +103,7 @@ def _costs(kernel: Compiled, width: int, pairs: int, chunks: int) -> dict[str, A
         except ValueError:  # the compiler has unrolled the chunks
             loop = main_loop(kernel)
     else:
-        loop = code_tile_loop(kernel, pairs=pairs, depth=width)
+        loop = code_tile_loop(kernel, pairs=pairs, depth=width, chunks=chunks)
     cost = slots_per_pair(loop.counts, pairs, kernel.threads)
     model = modelled_time(TOKENS, CODES, width, cost)
     return {

@@ -1,12 +1,14 @@
 """The second scan: what it names, what it leaves, and the bound behind it."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from fastvq import reference
 from fastvq_kernels import bounds
+from fastvq_kernels.configs import rescan_config
 from fastvq_kernels.decide import decide
 from fastvq_kernels.open import CANDIDATES
 from fastvq_kernels.pack import pack_codebook
@@ -18,9 +20,15 @@ from fastvq_kernels.tokens import pack_tokens
 METRICS = ("euclidean", "cosine", "dot")
 
 
-@pytest.fixture
-def search(kernel_device):
-    """Indices after the second scan, -1 where a token is left to `settle`, the open list, and how many are left."""
+@pytest.fixture(params=["sm_80", "sm_90"])
+def search(kernel_device, monkeypatch, request):
+    """Indices after the second scan, -1 where a token is left to `settle`, the open list, and how many are left.
+
+    With the tiles of a chip on which all are of one size, and of one with smaller ones for few tokens.
+    """
+
+    if kernel_device.type == "cpu":
+        monkeypatch.setattr("fastvq_kernels.rescan.rescan_config", partial(rescan_config, target=request.param))
 
     def steps(x, codebook, metric="euclidean", change=lambda packed: packed):
         x, codebook = x.to(kernel_device), codebook.to(kernel_device)
@@ -133,6 +141,17 @@ def test_open_tokens_of_many_tiles_in_few_or_many_ranges(search, monkeypatch, ra
     indices, left, _, hard = search(x, codebook)
     assert int(left.count) > 256
     assert hard == 0
+    assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
+
+
+@pytest.mark.parametrize("n_open", [30, 64, 65, 100])
+@pytest.mark.parametrize("groups", [10, 31, 32, 50])
+def test_few_open_tokens_and_codes_are_scanned_in_small_tiles(search, n_open, groups):
+    """Two tiles of up to 64 tokens and a few of 64 codes: fewer, and not fewer, than the four programs."""
+    codebook = close_codes(groups, 4, 20, 1e-4)
+    x = codebook[None, torch.arange(n_open) % groups] + 1e-3 * torch.randn(1, n_open, 20)
+    indices, left, _, hard = search(x, codebook)
+    assert (int(left.count), hard) == (n_open, 0)
     assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
 
 

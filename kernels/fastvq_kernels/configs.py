@@ -1,7 +1,7 @@
 """Launch choices: one default per target and padded width, with the reason beside odd entries."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -96,12 +96,18 @@ def scan_config(width: int, target: str | None = None) -> ScanConfig:
 class RescanConfig:
     """Tile sizes of the second scan."""
 
-    block_m: int = 128  # fewer tokens for each load of codes would be bound by L2
+    block_m: int = 128  # fewer tokens for each load of codes may be bound by L2
     block_n: int = 64  # a divisor of CODE_TILE
+    few_n: int | None = None  # instead of block_n, where tiles of so many codes would leave programs without work
     num_warps: int = 8
     num_stages: int = 2
     resident: int = 128  # columns up to which both parts of the tokens stay on chip
     programs: int = 1  # per SM: more than 128 registers for each of 256 threads
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Codes per tile, of many and of few."""
+        return (self.block_n, self.few_n) if self.few_n else (self.block_n,)
 
 
 def rescan_config(width: int, target: str | None = None) -> RescanConfig:
@@ -110,15 +116,20 @@ def rescan_config(width: int, target: str | None = None) -> RescanConfig:
     Larger tiles than these spill, around the code that names candidates.
     """
     target = target or current_target()
-    if target == "sm_90" and 128 < width <= 256:
-        # Both parts of the tokens fill most of shared memory. Loaded again with every step, they would be two thirds
-        # of what is read.
-        return RescanConfig(block_n=32, resident=256)
+    if target == "sm_90":
+        if 128 < width <= 256:
+            # Both parts of the tokens fill most of shared memory. Loaded again with every step, they would be two
+            # thirds of what is read.
+            return RescanConfig(block_n=32, resident=256)
+        # Eight warps would multiply parts of 64 x 32 twice. To read the codes for 64 tokens at a time takes as long as
+        # the products of 128 columns from 9 TB/s of L2 on. With these, tiles of 64 codes spill (Triton 3.6).
+        few = RescanConfig(block_m=64, few_n=32, num_warps=4, programs=2)
+        return few if width != 128 else replace(few, block_n=32, few_n=None)
     return {
         "sm_80": RescanConfig(block_n=32),
         "sm_100": RescanConfig(block_m=64, block_n=64 if width <= 128 else 32, programs=2),
         "gfx942": RescanConfig(block_m=64, num_warps=4, programs=2),
-    }.get(target, RescanConfig())
+    }[target]
 
 
 @dataclass(frozen=True)

@@ -26,22 +26,20 @@ def three_products(b_u, b_x, b_x2, b_e, b_e2, SPLIT: tl.constexpr):
     return b_u + tl.dot(b_x, b_e.T, b_p, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["N", "K", "S", "steps_per_range", "steps"])
-def rescan_kernel(
-    rows, low, codes, codes_low, fine, best, rest, winner, open_count, open_tokens, factors, found, candidates,
-    N, N_pad, K, KP, K_bias, S, steps_per_range, steps,
+@triton.jit
+def rescan_tiles(
+    rows, low, codes, codes_low, fine, best, rest, winner, open_tokens, factors, found, candidates,
+    n_open, N, N_pad, K, KP, K_bias, S, steps_per_range, steps,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
     CANDIDATES: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks over its share of the codes for tiles of BM open tokens, with the stride of the grid.
+    """What one program does of the second scan of n_open tokens, in tiles of BM of them by BN codes.
 
     Appends to candidates [H, N, CANDIDATES] every code whose upper bound reaches the token's line and counts them in
     found, beyond the room as well. Where of no bin of a range more than the best code can reach it, for any token of
-    the tile, the range is not scanned, and the best codes are named. How many tiles there are is read here, on the
-    device.
+    the tile, the range is not scanned, and the best codes are named.
     """
     i_h = tl.program_id(1).to(tl.int64)
-    n_open = tl.load(open_count + i_h)
     tiles = tl.cdiv(n_open, BM)
     share = tl.minimum(tl.maximum(tl.num_programs(0) // tl.maximum(tiles, 1), 1), steps)  # programs per tile
     # Of a range, `parts` programs scan a part each: short ones, since few ranges may need it.
@@ -124,6 +122,35 @@ def rescan_kernel(
                 p_bound += 2 * BN
 
 
+@triton.jit(do_not_specialize=["N", "K", "S", "steps_per_range", "steps"])
+def rescan_kernel(
+    rows, low, codes, codes_low, fine, best, rest, winner, open_count, open_tokens, factors, found, candidates,
+    N, N_pad, K, KP, K_bias, S, steps_per_range, steps,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FEW_N: tl.constexpr, LANES: tl.constexpr,
+    CANDIDATES: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Each program walks over its share of the codes for tiles of BM open tokens, with the stride of the grid.
+
+    How many tokens are open is read here, on the device. Of few, tiles of BN codes would leave programs without work:
+    they are scanned in tiles of FEW_N.
+    """
+    n_open = tl.load(open_count + tl.program_id(1))
+    if FEW_N < BN:
+        few = tl.cdiv(n_open, BM) * steps < tl.num_programs(0)
+        rescan_tiles(
+            rows, low, codes, codes_low, fine, best, rest, winner, open_tokens, factors, found, candidates,
+            tl.where(few, n_open, 0), N, N_pad, K, KP, K_bias, S,
+            steps_per_range * (BN // FEW_N), steps * (BN // FEW_N),
+            D, BD, BM, FEW_N, LANES, CANDIDATES, SPLIT, RESIDENT, STAGES,
+        )  # fmt: skip
+        n_open = tl.where(few, 0, n_open)
+    rescan_tiles(
+        rows, low, codes, codes_low, fine, best, rest, winner, open_tokens, factors, found, candidates,
+        n_open, N, N_pad, K, KP, K_bias, S, steps_per_range, steps,
+        D, BD, BM, BN, LANES, CANDIDATES, SPLIT, RESIDENT, STAGES,
+    )  # fmt: skip
+
+
 def rescan(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Open) -> Tensor:
     """Candidates [H, N, CANDIDATES] int32 of the open tokens; how many there are is added to left.found."""
     H, N_pad, DP = tokens.rows.shape
@@ -138,8 +165,8 @@ def rescan(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Open)
         left.count, left.tokens, left.factors, left.found, candidates,
         N, N_pad, packed.codes.shape[1], KP, packed.fine.shape[1],
         bins.ranges, bins.steps * packed.config.block_n // config.block_n, KP // config.block_n,
-        D=DP, BD=min(DP, bounds.CHUNK), BM=config.block_m, BN=config.block_n, LANES=packed.config.lanes,
-        CANDIDATES=CANDIDATES,
+        D=DP, BD=min(DP, bounds.CHUNK), BM=config.block_m, BN=config.block_n, FEW_N=config.columns[-1],
+        LANES=packed.config.lanes, CANDIDATES=CANDIDATES,
         SPLIT=packed.split, RESIDENT=DP <= config.resident, STAGES=config.num_stages,
         num_warps=config.num_warps, **all_registers(device),
     )  # fmt: skip
