@@ -22,8 +22,8 @@ from fastvq.packed import PackedCodebook, pack_tokens, raise_lower
 
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
 _TOKENS_PER_PRODUCT = 512
-# Pairs of token and group that are rescored at a time, against 64 codes each (8 MiB).
-_PAIRS = 1 << 15
+# Scores that are computed again at a time (8 MiB).
+_RESCORED_VALUES = 1 << 21
 # Pairs of one group are rescored in batches of so many: few large products, since many small ones take longer to call
 # than to compute.
 _TOKENS_PER_BATCH = 32
@@ -86,7 +86,8 @@ def rescored(
     With ``to_lower [3, n]`` raises ``lower [n]`` first.
     """
     counts = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-    pairs = zip(owners.split(_PAIRS), groups.split(_PAIRS), strict=True)
+    step = max(1, _RESCORED_VALUES // packed.rows.shape[1])  # pairs of token and group
+    pairs = zip(owners.split(step), groups.split(step), strict=True)
     owners, codes = joined([_rescore(of, among, tokens, lower, packed, counts, to_lower) for of, among in pairs])
     crowded = counts > MOST
     counts.masked_fill_(crowded, 0)

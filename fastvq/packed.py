@@ -18,10 +18,9 @@ from fastvq.rounded import RoundedCodebook, empty_codebook, round_codes
 LARGEST_NORM = 2.0**60
 # Codes are packed in pieces of this many values, of which there may be copies in float64 (2 MiB each).
 _PIECE_VALUES = 1 << 18
-# Codes per group, the smaller where a code is long beside the number of codes: then scoring the codes of the winning
-# group again costs more than more groups do.
-_GROUP, _SMALL_GROUP = 64, 32
-_CODES_PER_COLUMN = 128
+# Codes per group, from so many codes for each of their coordinates on. Where codes are long beside their number,
+# scoring those of the winning group again costs more than more groups do.
+_GROUPS = ((512, 128), (128, 64), (0, 32))
 # Largest scaled coordinate of a code: far from overflow, and codes 2^90 times smaller do not underflow.
 _TOP_EXPONENT = 32
 
@@ -66,7 +65,7 @@ def frame_of(codebook: Tensor, metric: str, top: float) -> Frame:
 def pack(codebook: Tensor, frame: Frame, in_bfloat16: bool = False) -> PackedCodebook:
     """Pack finite codes ``[K, D]``, ``in_bfloat16`` as well where that is asked for."""
     n_codes, dim = codebook.shape
-    group = _GROUP if n_codes >= _CODES_PER_COLUMN * dim else _SMALL_GROUP
+    group = next(size for least, size in _GROUPS if n_codes >= least * dim)
     n_groups = -(-n_codes // group)
     rows = torch.empty(n_groups, group, dim + 2, dtype=torch.float32, device=codebook.device)
     norms = torch.ones(n_groups, 3, dtype=torch.float32, device=codebook.device)

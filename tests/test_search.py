@@ -163,10 +163,10 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
             monkeypatch.setattr(way, "_TOKENS_PER_PRODUCT", tokens)
         for module in (candidates, groups):
             monkeypatch.setattr(module, "MOST", most)
-        monkeypatch.setattr(groups, "_PAIRS", values)
+        monkeypatch.setattr(groups, "_RESCORED_VALUES", values)
         monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
         monkeypatch.setattr(candidates, "_VALUES_PER_THREAD", codes * tokens)
-        monkeypatch.setattr(packed, "_SMALL_GROUP", codes // 8)
+        monkeypatch.setattr(packed, "_GROUPS", ((0, codes // 8),))
         monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
 
