@@ -3,8 +3,8 @@
 1. *Scan*: a float32 matrix product writes upper bounds of the scores of some tokens against some codes into a buffer
    of which every thread finds its part in its own cache. Up to 2,048 codes (:mod:`fastvq.whole`) the codes are named
    there whose bound reaches the best lower bound of their token, nearly always one. Of more codes
-   (:mod:`fastvq.groups`) only the largest bound of each group is kept, which names groups. Processors with matrix units
-   scan in bfloat16 first (:mod:`fastvq.coarse`), which names more groups.
+   (:mod:`fastvq.groups`) only the largest bound of each group is kept, which names groups. Processors that multiply
+   bfloat16 several times faster scan in it first (:mod:`fastvq.coarse`), which names more groups.
 2. *Rescore*, after groups: the product is made again, in float32, the codes of a group with all its tokens, and names
    codes.
 3. *Settle* (:mod:`fastvq.settle`): where more than one code remains, the oracle's own float64 arithmetic decides; a
