@@ -16,7 +16,7 @@ from bench.store import Store
 # What the README shows of each benchmark, and the words above it.
 _TITLES = {
     "search": "Nearest code, forward only: medians of warm calls in turns; the others' times divided by fastvq's",
-    "train": "Training step (search, gradient, update): medians of warm calls in turns; the others' times divided by fastvq's",
+    "train": "Training step: medians of warm calls in turns; the others' times divided by fastvq's",
     "memory": "Peak extra memory of one call",
     "accuracy": "Indices that differ from float64",
     "scaling": "Time of a search over tokens, codes and dimensions",
