@@ -18,9 +18,9 @@ _FLUSH_BYTES = 3 << 30
 # On a GPU: of two seconds per contender the median of fewer calls is as good.
 _SLOW = 0.05
 _REPEATS_SLOW = 5
-# On a CPU a shorter call is timed the second time: after the wait for what the others have left running, the first one
-# finds sleeping threads and processors and empty caches, which can take it several milliseconds.
-_SHORT = 0.25
+# On a CPU a call is repeated for so many seconds and timed the last time: after the wait for what the others have left
+# running, threads sleep and caches are empty, and to wake a thread can take a tick of the system's scheduler, 4 ms.
+_WARM_UP = 0.1
 
 
 class Timing(NamedTuple):
@@ -103,9 +103,10 @@ class Clock:
         """Seconds on the device and seconds of the host for call ``i``."""
         settle_down(self.device)
         if self._flush is None:
-            seconds = _seconds(function, i)
-            if seconds < _SHORT:
+            seconds = spent = _seconds(function, i)
+            while spent < _WARM_UP:
                 seconds = _seconds(function, i)
+                spent += seconds
             return seconds, seconds
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._flush.sum()
