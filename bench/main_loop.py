@@ -46,12 +46,9 @@ def main_loop(compiled: Compiled, *, inner_passes: int | None = None) -> Loop:
     Raises ValueError for a kernel compiled for AMD, one without such a loop, and `inner_passes` where no loop with
     matrix instructions lies around the innermost.
     """
-    flow, loops, busy = _busy_loops(compiled)
-    innermost = {head: body for head, body in busy.items() if not any(other < body for other in busy.values())}
-    head = max(innermost, key=lambda h: (_matrix(flow, innermost[h]), len(innermost[h])))
-    if inner_passes is None:
-        return _count(flow, loops, head, Counter(loops[head]))
-    return _count_around(flow, loops, busy, head, inner_passes)
+    flow, loops, innermost = _busy_loops(compiled)
+    head = max(innermost, key=lambda h: (_matrix(flow, loops[h]), len(loops[h])))
+    return _count_passes(compiled, flow, loops, head, inner_passes)
 
 
 def code_tile_loop(compiled: Compiled, *, pairs: int, depth: int, chunks: int = 1) -> Loop:
@@ -65,20 +62,17 @@ def code_tile_loop(compiled: Compiled, *, pairs: int, depth: int, chunks: int = 
     compiler peeled passes or unrolled tiles: use `main_loop` and `pairs_per_pass`), and for tcgen05 and AMD, which do
     not show their shapes.
     """
-    flow, loops, busy = _busy_loops(compiled)
-    innermost = [head for head, body in busy.items() if not any(other < body for other in busy.values())]
-    found = []
+    flow, loops, innermost = _busy_loops(compiled)
+    multiplied = []
     for head in innermost:
-        loop = _count(flow, loops, head, Counter(loops[head]))
-        passes = pairs / pairs_per_pass(loop, compiled.threads, depth)
-        if passes > 1 and passes == chunks:
-            loop = _count_around(flow, loops, busy, head, chunks)
-        found.append((pairs_per_pass(loop, compiled.threads, depth), loop))
-    for multiplied, loop in found:
-        if multiplied == pairs:
+        loop = _count_passes(compiled, flow, loops, head)
+        if chunks > 1 and pairs_per_pass(loop, compiled.threads, depth) * chunks == pairs:
+            loop = _count_passes(compiled, flow, loops, head, chunks)
+        multiplied.append(pairs_per_pass(loop, compiled.threads, depth))
+        if multiplied[-1] == pairs:
             return loop
-    passes_found = ", ".join(f"{multiplied:g}" for multiplied, _ in found)
-    raise ValueError(f"pairs must be what one pass of {compiled.name} multiplies, {passes_found}, got {pairs}")
+    found = " or ".join(f"{number:g}" for number in multiplied)
+    raise ValueError(f"pairs must be what one pass of {compiled.name} multiplies, {found}, got {pairs}")
 
 
 def pairs_per_pass(loop: Loop, threads: int, depth: int) -> float:
@@ -94,8 +88,8 @@ def pairs_per_pass(loop: Loop, threads: int, depth: int) -> float:
     return loop.macs_per_warp * threads / 32 / depth
 
 
-def _busy_loops(compiled: Compiled) -> tuple[Flow, Loops, Loops]:
-    """The instructions, the loops, and those with matrix instructions."""
+def _busy_loops(compiled: Compiled) -> tuple[Flow, Loops, list[int]]:
+    """The instructions, all loops, and the innermost of those with matrix instructions."""
     if not compiled.target.startswith("sm_"):
         raise ValueError(f"loops are read in NVIDIA machine code, got a kernel compiled for {compiled.target}")
     flow = read_flow(compiled.assembly, compiled.name)
@@ -103,14 +97,16 @@ def _busy_loops(compiled: Compiled) -> tuple[Flow, Loops, Loops]:
     busy = {head: body for head, body in loops.items() if _matrix(flow, body)}
     if not busy:
         raise ValueError(f"{compiled.name} for {compiled.target} has no loop with matrix instructions")
-    return flow, loops, busy
+    return flow, loops, [head for head, body in busy.items() if not any(other < body for other in busy.values())]
 
 
-def _count_around(flow: Flow, loops: Loops, busy: Loops, head: int, inner_passes: int) -> Loop:
-    """The loop around an innermost one, which counts so many times."""
-    around = [h for h, body in busy.items() if loops[head] < body]
+def _count_passes(compiled: Compiled, flow: Flow, loops: Loops, head: int, inner_passes: int | None = None) -> Loop:
+    """One pass of a loop; with ``inner_passes`` of the loop around it, in which it counts so many times."""
+    if inner_passes is None:
+        return _count(flow, loops, head, Counter(loops[head]))
+    around = [h for h, body in loops.items() if loops[head] < body]
     if not around:
-        raise ValueError("inner_passes needs a loop around the innermost one, there is none")
+        raise ValueError(f"inner_passes needs a loop around the innermost one, {compiled.name} has none")
     outer = min(around, key=lambda h: len(loops[h]))
     return _count(flow, loops, outer, Counter({at: inner_passes if at in loops[head] else 1 for at in loops[outer]}))
 

@@ -77,7 +77,7 @@ def without_crowded(owners: Tensor, others: Tensor, counts: Tensor, most: int) -
 def row_weights(n_rows: int, device: torch.device) -> Tensor:
     """``[rows]``: their product with a matrix of zeros and ones is what the functions below read. Up to MOST_ROWS.
 
-    Comparing into bool and finding what is true take many times longer than a product.
+    Comparing into bool takes several times longer than a product, and so does to look for what is true in all rows.
     """
     return torch.arange(n_rows, dtype=torch.float32, device=device).add_(_ONE)
 

@@ -88,7 +88,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
     # What is made of so many tokens, and their maxima, stay in the cache. The first piece is small, and tells.
     at_most = max(product_values() // max(width, n_groups), _TOKENS_PER_PRODUCT)
     step = at_most // _TOKENS_PER_PRODUCT * _TOKENS_PER_PRODUCT
-    pieces, left, end = [], [], 0
+    pieces, crowded, end = [], [], 0
     while end < n:
         some = slice(end, min(n, end + (step if end else _TOKENS_PER_PRODUCT)))
         to_lower[:, some] = pack_tokens(x[some], packed.frame, out=rows[some])
@@ -96,12 +96,12 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
         tokens = round_tokens(rows[some], to_lower[:, some], lower[some], rounded.ratio, error_constant(width - 2))
         owners, groups, many = reaching(_reaches(tokens, packed, rounded), most)
         pieces.append((owners + some.start, groups))
-        left.append(many + some.start)
+        crowded.append(many + some.start)
         end = some.stop
         if len(many) > _MOST_LEFT * (end - some.start):
             break
     found = rescored(*joined(pieces), rows, lower, packed, to_lower)
-    others = torch.cat([*left, torch.arange(end, n, device=x.device)])
+    others = torch.cat([*crowded, torch.arange(end, n, device=x.device)])
     if len(others):
         least = lower[others]
         found = _with(found, fine(x[others], packed, least), others)

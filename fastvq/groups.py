@@ -115,7 +115,8 @@ def _rescore(
     """
     n_groups, group, width = packed.rows.shape
     owners, groups, filled = _in_batches(owners, groups, n_groups)
-    step = max(1, min(len(groups), product_values() // (4 * group * width)))  # batches per product
+    # Batches per product: the copies of their codes and tokens, and the bounds, are in the cache together.
+    step = max(1, min(len(groups), product_values() // (4 * group * width)))
     bounds = tokens.new_empty(len(groups), _TOKENS_PER_BATCH, group)
     codes = tokens.new_empty(step, group, width)
     some = tokens.new_empty(step * _TOKENS_PER_BATCH, width)

@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.candidates import MOST_ROWS, at_most, is_crowded, only_row, only_rows, row_weights, with_several
+from fastvq.candidates import (
+    MOST_ROWS,
+    at_most,
+    is_crowded,
+    only_row,
+    only_rows,
+    places,
+    row_weights,
+    with_several,
+)
 from fastvq.packed import LARGEST_NORM, error_constant
 from fastvq.settle import settle
 
@@ -52,6 +61,6 @@ def search(x: Tensor, codebook: Tensor) -> Tensor | None:
     if is_crowded(sums).any() or at_most(sums.index_select(0, several)) > _FEW_PAIRS:
         return None
     if len(several):
-        pairs, candidates = reaches.index_select(0, several).nonzero().unbind(1)
+        pairs, candidates = places(reaches.index_select(0, several))
         settle(x, codebook, several.index_select(0, pairs), candidates, "euclidean", out=indices)
     return indices

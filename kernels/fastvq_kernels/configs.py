@@ -1,7 +1,7 @@
 """Launch choices: one default per target and padded width, with the reason beside odd entries."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -123,8 +123,9 @@ def rescan_config(width: int, target: str | None = None) -> RescanConfig:
             return RescanConfig(block_n=32, resident=256)
         # Eight warps would multiply parts of 64 x 32 twice. To read the codes for 64 tokens at a time takes as long as
         # the products of 128 columns from 9 TB/s of L2 on. With these, tiles of 64 codes spill (Triton 3.6).
-        few = RescanConfig(block_m=64, few_n=32, num_warps=4, programs=2)
-        return few if width != 128 else replace(few, block_n=32, few_n=None)
+        if width == 128:
+            return RescanConfig(block_m=64, block_n=32, num_warps=4, programs=2)
+        return RescanConfig(block_m=64, few_n=32, num_warps=4, programs=2)
     return {
         "sm_80": RescanConfig(block_n=32),
         "sm_100": RescanConfig(block_m=64, block_n=64 if width <= 128 else 32, programs=2),
