@@ -18,8 +18,6 @@ MOST_ROWS = int(_ONE)
 # With more codes left a token is crowded: it is cheaper among distinct codes, or in the oracle. Bounds the memory of
 # what is settled.
 MOST = 64
-# A product of 512 x 512 float32 values (1 MiB) stays in the level-2 cache of one core (2 MiB: half the speed).
-_VALUES_PER_THREAD = 1 << 18
 
 
 class Candidates(NamedTuple):
@@ -29,11 +27,6 @@ class Candidates(NamedTuple):
     owners: Tensor  # [pairs] int64: rows of the tokens for which several can,
     codes: Tensor  # [pairs] int64: and these codes
     crowded: Tensor  # int64: rows of the tokens for which very many can: many codes are alike
-
-
-def product_values() -> int:
-    """Float32 values of a product of which every thread reads its part from its own cache."""
-    return _VALUES_PER_THREAD * torch.get_num_threads()
 
 
 def even_pieces(n_tokens: int, most: int) -> int:
@@ -79,7 +72,7 @@ def row_weights(n_rows: int, device: torch.device) -> Tensor:
 
     Comparing into bool takes several times longer than a product, and so does to look for what is true in all rows.
     """
-    return torch.arange(n_rows, dtype=torch.float32, device=device).add_(_ONE)
+    return torch.arange(_ONE, _ONE + n_rows, dtype=torch.float32, device=device)
 
 
 def only_row(sums: Tensor) -> Tensor:
@@ -89,7 +82,7 @@ def only_row(sums: Tensor) -> Tensor:
 
 def only_rows(sums: Tensor) -> Tensor | None:
     """:func:`only_row` of columns that each have at least one, in a few steps where none has more; else None."""
-    return (sums - _ONE).long() if sums.amax() < 2 * _ONE else None
+    return (sums - _ONE).long() if float(sums.amax()) < 2 * _ONE else None
 
 
 def with_several(sums: Tensor) -> Tensor:

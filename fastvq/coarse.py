@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.candidates import Candidates, joined, product_values
+from fastvq.candidates import Candidates, joined
 from fastvq.groups import reaching, rescored
 from fastvq.packed import PackedCodebook, error_constant, pack_tokens, raise_lower
+from fastvq.products import bfloat16_units, product_values
 from fastvq.rounded import UNIT, RoundedCodebook, RoundedTokens, round_tokens
 
 Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
@@ -38,9 +39,10 @@ _WORTH = {
     # Xeon: 1.15 with 8,192 x 1,024 x 128, 1.0 with 512 x 16,384 x 64, 0.8 with 8,192 x 2,048 x 64 and with
     # 512 x 16,384 x 256, 0.5 with 8,192 x 4,096 x 256.
     "AMX": Worth(2048, 32, 6e8),
-    # EPYC (Zen 5), product 4 times as fast: 0.9 with 8,192 x 1,024 x 64, 1.3 with 2,048 x 1,024 x 64, 0.9 with
-    # 8,192 x 4,096 x 8, 1.0 with 512 x 16,384 x 16, 0.8 with 512 x 16,384 x 32, 0.4 with 8,192 x 4,096 x 128.
-    "AVX-512 BF16": Worth(1024, 8, 2.5e8),
+    # EPYC (Zen 5), product twice as fast as oneDNN's of float32: 1.2 with 8,192 x 1,024 x 64, 0.95 with 8,192 x 2,048 x
+    # 64, 1.2 with 8,192 x 4,096 x 8, 1.0 with 8,192 x 4,096 x 16 and with 2,048 x 4,096 x 32, 0.9 with 512 x 16,384 x
+    # 64, 0.6 with 8,192 x 4,096 x 128.
+    "AVX-512 BF16": Worth(2048, 16, 5e8),
 }
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
 _TOKENS_PER_PRODUCT = 512
@@ -57,22 +59,12 @@ _FEWEST_RESCORED, _MOST_RESCORED = 8, 64
 _MOST_LEFT = 1 / 3
 
 
-def bfloat16_units() -> str | None:
-    """What makes products of bfloat16 take much less time on this processor than those of float32, if anything."""
-    mkldnn = torch.backends.mkldnn
-    if not (mkldnn.is_available() and mkldnn.enabled):
-        return None
-    if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else None
-
-
-def pays(n_tokens: float, n_codes: int, dim: int) -> bool:
-    """Whether this machine searches so many tokens sooner with a first scan in bfloat16."""
+def pays(n_tokens: float, codes: Tensor) -> bool:
+    """Whether this machine finds the codes ``[K, D]`` of so many tokens sooner with a first scan in bfloat16."""
     units = bfloat16_units()
-    if units is None:
+    if units is None or not codes.is_cpu:
         return False
-    worth = _WORTH[units]
+    worth, (n_codes, dim) = _WORTH[units], codes.shape
     enough = n_codes >= worth.codes and dim >= worth.coordinates
     return enough and n_tokens * n_codes * (dim + 8) >= worth.work
 
@@ -134,7 +126,8 @@ def _maxima(tokens: Tensor, codes: Tensor) -> Tensor:
     n_groups, group, width = codes.shape
     n = len(tokens)
     tokens = F.pad(tokens, (0, 0, 0, -n % _MULTIPLE))
-    step = min(n_groups, max(1, 2 * product_values() // (group * _TOKENS_PER_PRODUCT)))  # groups per product
+    values = 2 * product_values(read_once=True)
+    step = min(n_groups, max(1, values // (group * _TOKENS_PER_PRODUCT)))  # groups per product
     maxima = torch.empty(n_groups, len(tokens), dtype=torch.int16, device=tokens.device)
     buffer = torch.empty(step * group * _TOKENS_PER_PRODUCT, dtype=torch.bfloat16, device=tokens.device)
     pieces = codes.view(-1, width).split(step * group)

@@ -78,7 +78,7 @@ def prepare(codebook: Tensor, metric: str) -> Prepared:
     prepared = _in_frame(codebook, metric)
     if prepared.frame is None:
         return prepared
-    in_bfloat16 = coarse.pays(math.inf, *prepared.codes.shape)
+    in_bfloat16 = coarse.pays(math.inf, prepared.codes)
     return prepared._replace(packed=pack(prepared.codes, prepared.frame, in_bfloat16))
 
 
@@ -102,7 +102,7 @@ def nearest_code(
 
     Memory beyond a few numbers per token does not grow with N, nor with K unless the packed codebook is kept: a part of
     it, of 4 MiB up to 64 dimensions and of at most 32, half as much again where it is scanned in bfloat16, some 10 MiB
-    for a block of tokens, and 1 per thread.
+    for a block of tokens, and 1 or 2 per thread.
 
     Args:
         x: tokens ``[N, D]``, any floating dtype.
@@ -136,7 +136,7 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     step = len(codes) if packed else _part_size(codes, x.dtype)
     for first in range(0, len(codes), step):
         part = codes[first : first + step]
-        found = _search_part(x, part, packed or pack(part, frame, coarse.pays(len(x), *part.shape)), lower)
+        found = _search_part(x, part, packed or pack(part, frame, coarse.pays(len(x), part)), lower)
         found[found >= 0] += first
         again = ((indices >= 0) & (found >= 0)).nonzero()[:, 0]
         pairs = again.repeat(2), torch.cat([indices[again], found[again]])
@@ -159,7 +159,7 @@ def _search_part(x: Tensor, codes: Tensor, packed: PackedCodebook, lower: Tensor
     metric = packed.frame.metric
     n = even_pieces(len(x), min(_TOKENS_PER_BLOCK, _VALUES_PER_BLOCK // packed.rows.shape[2]))
     search = whole.search if len(codes) <= whole.MOST_CODES else groups.search
-    if packed.rounded and coarse.pays(len(x), *codes.shape):
+    if packed.rounded and coarse.pays(len(x), codes):
         search = partial(coarse.search, rounded=packed.rounded, fine=search)
     found = [search(some, packed, least) for some, least in zip(x.split(n), lower.split(n), strict=True)]
     indices = torch.cat([block.indices for block in found])

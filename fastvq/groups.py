@@ -15,10 +15,10 @@ from fastvq.candidates import (
     joined,
     order_of,
     places,
-    product_values,
     without_crowded,
 )
 from fastvq.packed import PackedCodebook, pack_tokens, raise_lower
+from fastvq.products import product, product_values
 
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
 _TOKENS_PER_PRODUCT = 512
@@ -42,7 +42,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     pieces, crowded = [], []
     for i in range(0, n, step):
         some = slice(i, i + step)
-        maxima = _maxima(rows[some].t(), packed)
+        maxima = _maxima(rows[some], packed)
         raise_lower(lower[some], maxima, packed, to_lower[:, some])
         owners, groups, many = reaching(maxima.ge_(lower[some]), MOST)
         pieces.append((owners + i, groups))
@@ -52,17 +52,15 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
 
 
 def _maxima(tokens: Tensor, packed: PackedCodebook) -> Tensor:
-    """The largest upper bound in each group, ``[groups, n]``, for tokens ``[D + 2, n]``."""
+    """The largest upper bound in each group, ``[groups, n]``, for tokens ``[n, D + 2]``."""
     n_groups, group, width = packed.rows.shape
-    n_tokens, n = tokens.shape[1], min(tokens.shape[1], _TOKENS_PER_PRODUCT)
-    step = min(n_groups, max(1, product_values() // (group * n)))  # groups per product
-    maxima, buffer = tokens.new_empty(n_groups, n_tokens), tokens.new_empty(step * group * n)
+    n = min(len(tokens), _TOKENS_PER_PRODUCT)
+    step = min(n_groups, max(1, product_values(read_once=True) // (group * n)))  # groups per product
+    maxima = tokens.new_empty(n_groups, len(tokens))
     pieces = packed.rows.view(-1, width).split(step * group)
-    for some, of_some in zip(tokens.split(n, 1), maxima.split(n, 1), strict=True):
+    for some, of_some in zip(tokens.split(n), maxima.split(n, 1), strict=True):
         for codes, largest in zip(pieces, of_some.split(step), strict=True):
-            bounds = buffer[: len(codes) * some.shape[1]].view(len(codes), -1)
-            torch.mm(codes, some, out=bounds)
-            torch.amax(bounds.view(-1, group, some.shape[1]), 1, out=largest)
+            torch.amax(product(codes, some).view(-1, group, len(some)), 1, out=largest)
     return maxima
 
 

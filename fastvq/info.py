@@ -11,7 +11,7 @@ from rich.table import Table
 
 import fastvq
 from fastvq.backends import choose_backend, interpreting
-from fastvq.coarse import bfloat16_units
+from fastvq.products import bfloat16_units
 
 DEVICES = ("auto", "cpu", "cuda")
 

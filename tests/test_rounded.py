@@ -86,25 +86,30 @@ def test_sums_are_float32_inside():
     assert ((terms @ others.t()).double() - exact).abs().le(UNIT * exact.abs() + 4096 * 2.0**-24 * magnitudes).all()
 
 
+def codes(*size):
+    return torch.empty(1).expand(size)
+
+
 def test_a_search_pays_with_many_tokens_and_codes(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert coarse.pays(4096, 8192, 64)
-    assert coarse.pays(math.inf, 4096, 32)
-    assert not coarse.pays(100, 8192, 64)
-    assert not coarse.pays(8192, 1000, 64)
-    assert not coarse.pays(8192, 8192, 8)
-    assert not coarse.pays(0, 8192, 64)
+    assert coarse.pays(4096, codes(8192, 64))
+    assert coarse.pays(math.inf, codes(4096, 32))
+    assert not coarse.pays(100, codes(8192, 64))
+    assert not coarse.pays(8192, codes(1000, 64))
+    assert not coarse.pays(8192, codes(8192, 8))
+    assert not coarse.pays(0, codes(8192, 64))
+    assert not coarse.pays(4096, codes(8192, 64).to("meta"))
 
 
 def test_without_matrix_units_it_pays_where_the_processor_multiplies_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert coarse.pays(8192, 1024, 64)
-    assert coarse.pays(8192, 8192, 8)
-    assert not coarse.pays(2048, 1024, 64)
+    assert coarse.pays(8192, codes(2048, 64))
+    assert coarse.pays(8192, codes(8192, 16))
+    assert not coarse.pays(2048, codes(2048, 64))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not coarse.pays(8192, 8192, 64)
+    assert not coarse.pays(8192, codes(8192, 64))
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not coarse.pays(8192, 8192, 64)
+    assert not coarse.pays(8192, codes(8192, 64))

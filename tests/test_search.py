@@ -7,13 +7,19 @@ from hypothesis import strategies as st
 from strategies import METRICS, problems
 
 import fastvq
-from fastvq import candidates, coarse, cpu, groups, packed, reference, settle, small, whole
+from fastvq import candidates, coarse, cpu, groups, packed, products, reference, settle, small, whole
 
 
 @pytest.fixture(autouse=True, scope="module", params=["by size", "whole", "groups", "coarse"])
 def way(request):
-    """The way to search follows from the size of a problem; three quarters of the tests take that of larger ones."""
+    """The way to search follows from the size of a problem; three quarters of the tests take that of larger ones.
+
+    Half of the ways multiply by oneDNN.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_by_onednn", lambda: request.param in ("by size", "groups"))
+        for least in ("_FEWEST", "_LEAST_WORK"):
+            patch.setattr(products, least, 1)
         if request.param != "by size":
             patch.setattr(small, "FEW_SCORES", 0)
             patch.setattr(whole, "MOST_CODES", 1 << 20 if request.param == "whole" else 0)
@@ -165,7 +171,7 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
             monkeypatch.setattr(module, "MOST", most)
         monkeypatch.setattr(groups, "_RESCORED_VALUES", values)
         monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
-        monkeypatch.setattr(candidates, "_VALUES_PER_THREAD", codes * tokens)
+        monkeypatch.setattr(products, "_VALUES_PER_THREAD", codes * tokens)
         monkeypatch.setattr(packed, "_GROUPS", ((0, codes // 8),))
         monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
