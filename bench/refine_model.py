@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -47,8 +46,7 @@ def ranges_on_gpu(problem: Problem, config: ScanConfig) -> int:
     """Ranges of codes that the scan takes for this problem on an H100."""
     programs = problem.heads * triton.cdiv(problem.tokens, config.block_m)
     steps = triton.cdiv(problem.codes, config.block_n)
-    device = SimpleNamespace(multi_processor_count=H100.sms)
-    with patch.object(torch.cuda, "get_device_properties", return_value=device):
+    with patch("fastvq_kernels.scan.multiprocessors", return_value=H100.sms):
         per_range = triton.cdiv(steps, splits(programs, steps, config.lanes, torch.device("cuda")))
     return triton.cdiv(steps, per_range)
 

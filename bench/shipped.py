@@ -33,7 +33,7 @@ _TYPES = {
     "log_unit": "i32",
     **dict.fromkeys(("indices", "open_tokens", "hard_tokens", "winners", "p_indices", "p_order", "p_starts"), "*i64"),
     **dict.fromkeys(("winner", "winners_of_bins", "candidates", "found"), "*i32"),
-    **dict.fromkeys(("open_count", "hard_count", "p_counts"), "*i32"),
+    **dict.fromkeys(("counts", "p_counts"), "*i32"),
     **dict.fromkeys(("norms", "out"), "*fp64"),
     **dict.fromkeys(("decay", "gain", "smoothing", "all_smoothing", "threshold", "threshold_per_token"), "fp32"),
     **dict.fromkeys(("half", "rows", "low", "codes_low"), "*fp16"),
@@ -127,10 +127,10 @@ def search_kernels(
         given = {"WIDE": False, "UNIT": unit}
         columns = {"D": dim, "BK": 64, "BD": column_chunk(dim, 64), **given}
         yield dim, _compile(frame.measure_columns_kernel, target, columns, 4)
-        parts = {"D": dim, "ROOT_D": dim**0.5, "PARTS": frame.MOST_PARTS, "BD": 32}
-        yield dim, _compile(frame.frame_kernel, target, parts, 4)
+        parts = {"D": dim, "ROOT_D": dim**0.5, "PARTS": frame.MOST_PARTS, "BD": 32, "UP": bounds.UP}
+        yield dim, _compile(frame.frame_kernel, target, {**parts, "EUCLIDEAN": euclidean}, 4)
         balances = {"LAMBDA": bounds.balance(split), "LAMBDA_FINE": bounds.balance(True)}
-        slacks = {"ORACLE": bounds.ORACLE, "UNIT_ERROR": unit_error, **balances}
+        slacks = {"ORACLE": bounds.ORACLE, "UNIT_ERROR": unit_error, "ERROR": 1e-5, "FINE_ERROR": 1e-6, **balances}
         codes = {"BK": 64, "UNIT": unit, "EUCLIDEAN": euclidean, **slacks}
         yield dim, _compile(pack.pack_codes_kernel, target, {**codes, **packing, **measured}, 4)
         scale = {"A": bounds.accumulation(width), "LAMBDA": bounds.balance(split)}
@@ -158,11 +158,9 @@ def search_kernels(
         constexprs = {"BK": settle.BLOCK_K, **chunk, **shares, **layout, **float32, **errors}
         options = unfused | registers
         yield dim, _compile(settle.settle_kernel, target, constexprs, 4, types={"values": "*fp64"}, options=options)
-    biases = {"BK": 256, "ERROR": 1e-5, "FINE_ERROR": 1e-6, "UP": bounds.UP}
-    yield 0, _compile(pack.bias_kernel, target, biases, 4)
     shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES}
     yield 0, _compile(settle.merge_kernel, target, shares, 1, types={"values": "*fp64"})
-    yield 0, _compile(norms.square_sums_kernel, target, {"BK": 128}, 4, options={"enable_fp_fusion": False})
+    yield 0, _compile(norms.code_norms_kernel, target, {"BK": 128}, 4, options={"enable_fp_fusion": False})
 
 
 def training_kernels(target: str, dims: tuple[int, ...] = (3, 64)) -> Iterator[tuple[int, Compiled]]:

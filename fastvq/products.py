@@ -37,7 +37,8 @@ def product_values(read_once: bool = False) -> int:
 def _by_onednn() -> bool:
     """Whether oneDNN multiplies float32 faster than ``torch.mm``.
 
-    That calls MKL, which uses half the width of the vectors of other makers' processors; those without AMX are.
+    That calls MKL, which uses half the width of the vectors where the processor is not Intel's, as are nearly all that
+    multiply bfloat16 without AMX.
     """
     return bfloat16_units() == "AVX-512 BF16" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -16,8 +16,8 @@ So with `G_k = n_k + LAMBDA r_k` and `w = max(r + A X, (1 + A) X / LAMBDA)`
 
 where `B_k = M - h_k` rounded up. `LAMBDA = 2^12` makes both arms of `w` equal for ordinary data
 (`r` is about `2^-12.3 X`), `2^16` with the split below.
-`M = mean of h_k`: because the `e'_k` average to zero, some code has
-`S_k >= -c M`, so the winner is non-negative and the bits of the floats may be compared as int32.
+`M` is the mean of `h_k` as measured with the frame, any number would be valid: because the `e'_k` average to zero, some
+code has `S_k >= -c M`, so the winner is not negative and the bits of the floats may be compared as int32.
 
 **Split.** For few columns `x' = x1 + x2 + rest` and `e' = e1 + e2 + rest` in fp16, and the packed rows `[x1, x2, x1]`,
 `[e1, e1, e2]` give `x1.e1 + x2.e1 + x1.e2`: the rests are about `2^-22`, and the missing `x2.e2 <= |x2| |e2|` counts as

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -23,6 +24,12 @@ ALL_REGISTERS = {"maxnreg": 255}
 def all_registers(device: torch.device) -> dict[str, int]:
     """The compiler option that lets a thread have as many registers as there are; only CUDA knows it."""
     return ALL_REGISTERS if device.type == "cuda" and not torch.version.hip else {}
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has, asked once; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @dataclass(frozen=True)

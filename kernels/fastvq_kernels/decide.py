@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import multiprocessors
 from .exact import NO_CODE, exact_value
 from .open import CANDIDATES, Open
 from .pack import PackedCodebook
@@ -18,8 +19,8 @@ TOKENS = 4  # per program and step: one pair for each thread
 
 @triton.jit(do_not_specialize=["N", "K", "width"])
 def decide_kernel(
-    tokens, codes, norms, open_count, open_tokens, open_line, found, candidates,
-    indices, hard_count, hard_tokens, hard_line,
+    tokens, codes, norms, counts, open_tokens, open_line, found, candidates,
+    indices, hard_tokens, hard_line,
     N, K, width,
     BT: tl.constexpr, CANDIDATES: tl.constexpr, METRIC: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +30,7 @@ def decide_kernel(
     for, appends it with its line to the list of the hard ones.
     """
     i_h = tl.program_id(1).to(tl.int64)
-    n_open = tl.load(open_count + i_h)
+    n_open = tl.load(counts + 1 + i_h)
     o_c = tl.arange(0, CANDIDATES)[None, :]
     for i in range(tl.program_id(0) * BT, n_open, tl.num_programs(0) * BT):
         o_i = i_h * N + i + tl.arange(0, BT)
@@ -48,7 +49,7 @@ def decide_kernel(
         b_hard = (m_i & (~few)).to(tl.int32)
         n_hard = tl.sum(b_hard, axis=0)
         if n_hard > 0:
-            o_list = tl.atomic_add(hard_count, n_hard) + tl.cumsum(b_hard, axis=0) - 1
+            o_list = tl.atomic_add(counts, n_hard) + tl.cumsum(b_hard, axis=0) - 1
             tl.store(hard_tokens + o_list, b_t, mask=b_hard > 0)
             b_line = tl.load(open_line + o_i, mask=b_hard > 0, other=0.0)
             tl.store(hard_line + o_list, b_line, mask=b_hard > 0)
@@ -56,11 +57,16 @@ def decide_kernel(
 
 @dataclass(frozen=True)
 class Hard:
-    """Tokens for the last word: numbers over all heads [H N] int64, lines [H N] fp32, how many there are [1] int32."""
+    """Tokens for the last word: numbers over all heads [H N] int64, lines [H N] fp32; counts[0] says how many."""
 
     tokens: Tensor
     line: Tensor
-    count: Tensor
+    counts: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """[1] int32."""
+        return self.counts[:1]
 
 
 def decide(x: Tensor, packed: PackedCodebook, left: Open, candidates: Tensor, indices: Tensor) -> Hard:
@@ -69,13 +75,11 @@ def decide(x: Tensor, packed: PackedCodebook, left: Open, candidates: Tensor, in
     hard = Hard(
         torch.empty(H * N, dtype=torch.int64, device=x.device),
         torch.empty(H * N, dtype=torch.float32, device=x.device),
-        torch.zeros(1, dtype=torch.int32, device=x.device),
+        left.counts,
     )
-    cuda = x.device.type == "cuda"
-    programs = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 2
-    decide_kernel[(min(triton.cdiv(programs, H), triton.cdiv(N, TOKENS)), H)](
-        x, packed.codes, packed.norms, left.count, left.tokens, left.line, left.found, candidates,
-        indices, hard.count, hard.tokens, hard.line,
+    decide_kernel[(min(triton.cdiv(8 * multiprocessors(x.device), H), triton.cdiv(N, TOKENS)), H)](
+        x, packed.codes, packed.norms, left.counts, left.tokens, left.line, left.found, candidates,
+        indices, hard.tokens, hard.line,
         N, packed.codes.shape[1], D,
         BT=TOKENS, CANDIDATES=CANDIDATES, METRIC=packed.metric, enable_fp_fusion=False,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The frame of a codebook: the shift m and the power of two 2^b that the packed codes live in (`bounds.py`)."""
+"""The frame of a codebook: the shift m, the power of two 2^b and the mean M of the packed codes (`bounds.py`)."""
 
 import math
 
@@ -31,12 +31,18 @@ def measure_columns_kernel(
 ):  # fmt: skip
     """One program measures BD columns of every parts-th block of BK codes of one head.
 
-    Writes sum, number, smallest and largest of the finite values in fp32 (measured [H, parts, 4, D]).
+    Writes number, sum, root of the sum of squares, smallest and largest of the finite values, and what was subtracted
+    from them first, in fp32 (measured [H, parts, 6, D]): the first code, so that squares of values far from 0 tell how
+    they spread; nothing from unit codes.
     """
     i_p, i_h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
-    b_sum, b_number = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    b_first = tl.zeros([BD], tl.float32)
+    if not UNIT:
+        b_first = tl.load(codes + i_h * K * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_first = tl.where(tl.abs(b_first) < float("inf"), b_first, 0.0)
+    b_number, b_sum, b_squares = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float64)
     b_low, b_high = tl.full([BD], float("inf"), tl.float32), tl.full([BD], float("-inf"), tl.float32)
     for k in range(i_p * BK, K, parts * BK):
         o_k = k + tl.arange(0, BK)
@@ -45,65 +51,82 @@ def measure_columns_kernel(
         m_e = m_k[:, None] & m_d[None, :]
         b_e = unit_or_given(codes + (i_h * K + o_k)[:, None] * D + o_d[None, :], b_inv, m_e, WIDE, UNIT)
         b_e = b_e.to(tl.float32)  # [BK, BD]
+        if not UNIT:
+            b_e -= b_first[None, :]
         # Not b_e - b_e == 0, of which the compiler would make the rounding error of the product e g.
         finite = m_e & (tl.abs(b_e) < float("inf"))
-        b_sum += tl.sum(tl.where(finite, b_e, 0.0), axis=0)
         b_number += tl.sum(finite.to(tl.float32), axis=0)
+        b_sum += tl.sum(tl.where(finite, b_e, 0.0), axis=0)
+        # Beyond the range of fp32 for values that are not.
+        b_squares += tl.sum(tl.where(finite, b_e.to(tl.float64) * b_e.to(tl.float64), 0.0), axis=0)
         b_low = tl.minimum(b_low, tl.min(tl.where(finite, b_e, float("inf")), axis=0))
         b_high = tl.maximum(b_high, tl.max(tl.where(finite, b_e, float("-inf")), axis=0))
-    p_measured = measured + ((i_h * parts + i_p) * 4) * D + o_d
-    tl.store(p_measured, b_sum, mask=m_d)
-    tl.store(p_measured + D, b_number, mask=m_d)
-    tl.store(p_measured + 2 * D, b_low, mask=m_d)
-    tl.store(p_measured + 3 * D, b_high, mask=m_d)
+    p_measured = measured + ((i_h * parts + i_p) * 6) * D + o_d
+    tl.store(p_measured, b_number, mask=m_d)
+    tl.store(p_measured + D, b_sum, mask=m_d)
+    tl.store(p_measured + 2 * D, tl.sqrt(b_squares).to(tl.float32), mask=m_d)
+    tl.store(p_measured + 3 * D, b_low, mask=m_d)
+    tl.store(p_measured + 4 * D, b_high, mask=m_d)
+    tl.store(p_measured + 5 * D, b_first, mask=m_d)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def frame_kernel(
-    measured, shift, scale, offset,
+    measured, shift, scale, offset, mean_sq,
     parts,
-    D: tl.constexpr, ROOT_D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, ROOT_D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, EUCLIDEAN: tl.constexpr,
+    UP: tl.constexpr,
 ):  # fmt: skip
-    """One program turns what was measured of one head into m [D], 2^b and an upper bound of 2^b |m|."""
+    """One program turns what was measured of one head into m [D], 2^b, an upper bound of 2^b |m|, and M."""
     i_h = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, PARTS)
     b_largest = tl.zeros([BD], tl.float32)
     b_far = tl.zeros([BD], tl.float32)
+    b_spread = tl.zeros([BD], tl.float64)
     for d in range(0, D, BD):
         o_d = d + tl.arange(0, BD)
         m_d = o_d < D
         m_p = (o_p < parts)[:, None] & m_d[None, :]
-        p_measured = measured + ((i_h * parts + o_p) * 4)[:, None] * D + o_d[None, :]
-        b_sum = tl.sum(tl.load(p_measured, mask=m_p, other=0.0), axis=0)
-        b_number = tl.sum(tl.load(p_measured + D, mask=m_p, other=0.0), axis=0)
-        b_low = tl.min(tl.load(p_measured + 2 * D, mask=m_p, other=float("inf")), axis=0)
-        b_high = tl.max(tl.load(p_measured + 3 * D, mask=m_p, other=float("-inf")), axis=0)
-        b_m = b_sum / tl.maximum(b_number, 1.0)
+        p_measured = measured + ((i_h * parts + o_p) * 6)[:, None] * D + o_d[None, :]
+        b_number = tl.maximum(tl.sum(tl.load(p_measured, mask=m_p, other=0.0), axis=0), 1.0)
+        b_mean = tl.sum(tl.load(p_measured + D, mask=m_p, other=0.0), axis=0) / b_number
+        b_root = tl.load(p_measured + 2 * D, mask=m_p, other=0.0).to(tl.float64)
+        b_low = tl.min(tl.load(p_measured + 3 * D, mask=m_p, other=float("inf")), axis=0)
+        b_high = tl.max(tl.load(p_measured + 4 * D, mask=m_p, other=float("-inf")), axis=0)
+        b_first = tl.load(measured + (i_h * parts * 6 + 5) * D + o_d, mask=m_d, other=0.0)
         # A sum that overflows is no help: any finite shift is valid.
-        b_m = tl.where(tl.abs(b_m) < float("inf"), b_m, 0.0)
-        b_span = tl.where(b_number > 0.0, tl.maximum(b_high - b_m, b_m - b_low), 0.0)  # max_k |g e - m|
-        tl.store(shift + i_h * D + o_d, b_m, mask=m_d)
+        b_mean = tl.where(tl.abs(b_first + b_mean) < float("inf"), b_mean, -b_first)
+        b_span = tl.maximum(tl.maximum(b_high - b_mean, b_mean - b_low), 0.0)  # max_k |g e - m|
+        b_squares = tl.sum(b_root * b_root, axis=0) / b_number - b_mean.to(tl.float64) * b_mean.to(tl.float64)
+        tl.store(shift + i_h * D + o_d, b_first + b_mean, mask=m_d)
         b_largest = tl.maximum(b_largest, tl.where(m_d, b_span, 0.0))
-        b_far = tl.maximum(b_far, tl.where(m_d, tl.abs(b_m), 0.0))
+        b_far = tl.maximum(b_far, tl.where(m_d, tl.abs(b_first + b_mean), 0.0))
+        b_spread += tl.where(m_d & (b_squares > 0.0), b_squares, 0.0)
     # The limits keep 2^b, and 2^a / 2^b for tokens of any size, normal numbers.
     b_scale = exp2_exact(power_of_two(tl.max(b_largest, axis=0), -106, 119))
     tl.store(scale + i_h, b_scale)
     tl.store(offset + i_h, tl.max(b_far, axis=0) * b_scale * ROOT_D)
+    b_M = tl.sum(b_spread, axis=0) * b_scale.to(tl.float64) * b_scale.to(tl.float64) * 0.5
+    tl.store(mean_sq + i_h, b_M.to(tl.float32) * UP if EUCLIDEAN else 0.0)
 
 
-def frame(codes: Tensor, inverse: Tensor, unit: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """m [H, D], 2^b [H] and a bound of 2^b |m| [H], fp32, of dense codes [H, K, D] and, for unit codes, g_k [H, K]."""
+def frame(codes: Tensor, inverse: Tensor, unit: bool, euclidean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """m [H, D], 2^b [H], a bound of 2^b |m| [H] and M [H], fp32, of dense codes [H, K, D] and g_k [H, K] of unit codes.
+
+    Any M is valid. It is 0 for other than euclidean distances.
+    """
     H, K, D = codes.shape
     block_k, block_d = 64, column_chunk(D, 64)
     parts = min(triton.cdiv(K, block_k), MOST_PARTS)
-    measured = torch.empty(H, parts, 4, D, dtype=torch.float32, device=codes.device)
+    measured = torch.empty(H, parts, 6, D, dtype=torch.float32, device=codes.device)
     shift = torch.empty(H, D, dtype=torch.float32, device=codes.device)
-    scale, offset = (torch.empty(H, dtype=torch.float32, device=codes.device) for _ in range(2))
+    scale, offset, mean_sq = (torch.empty(H, dtype=torch.float32, device=codes.device) for _ in range(3))
     measure_columns_kernel[(parts, triton.cdiv(D, block_d), H)](
         codes, inverse, measured, K, parts,
         D=D, BK=block_k, BD=block_d, WIDE=codes.dtype == torch.float64, UNIT=unit,
     )  # fmt: skip
     frame_kernel[(H,)](
-        measured, shift, scale, offset, parts, D=D, ROOT_D=math.sqrt(D) * bounds.UP, PARTS=MOST_PARTS, BD=32
+        measured, shift, scale, offset, mean_sq, parts,
+        D=D, ROOT_D=math.sqrt(D) * bounds.UP, PARTS=MOST_PARTS, BD=32, EUCLIDEAN=euclidean, UP=bounds.UP,
     )  # fmt: skip
-    return shift, scale, offset
+    return shift, scale, offset, mean_sq

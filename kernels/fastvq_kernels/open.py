@@ -56,7 +56,7 @@ def store_open(
 class Open:
     """Tokens still open, as a list for each head; rows beyond the count are unwritten.
 
-    count    [H]         int32
+    counts   [1 + H]     int32: how many of each head, after a place for what `decide` counts
     tokens   [H, N]      int64: number of the token in its head
     line     [H, N]      fp32: best lower bound of a score
     low      [H, N, DP]  fp16: x2; empty where the packed rows hold the split
@@ -64,12 +64,17 @@ class Open:
     found    [H, N]      int32: candidates that the second scan has met
     """
 
-    count: Tensor
+    counts: Tensor
     tokens: Tensor
     line: Tensor
     low: Tensor
     factors: Tensor
     found: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """[H] int32."""
+        return self.counts[1:]
 
 
 def no_open(n: int, tokens: PackedTokens, split: bool) -> Open:
@@ -81,7 +86,7 @@ def no_open(n: int, tokens: PackedTokens, split: bool) -> Open:
         return torch.empty(shape, dtype=dtype, device=device)
 
     return Open(
-        count=torch.zeros(H, dtype=torch.int32, device=device),
+        counts=torch.zeros(1 + H, dtype=torch.int32, device=device),
         tokens=empty(H, n, dtype=torch.int64),
         line=empty(H, n, dtype=torch.float32),
         low=empty(H, 0 if split else n, DP, dtype=torch.float16),

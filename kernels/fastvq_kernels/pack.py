@@ -62,17 +62,14 @@ def load_code(p_e, b_inv, p_shift, o_d, m_d, m_e, b_scale, WIDE: tl.constexpr, U
 
 @triton.jit(do_not_specialize=["K"])
 def pack_codes_kernel(
-    codes, inverse, shift, scale, offset, half, low, bias, fine, half_sq, length, sums,
+    codes, inverse, shift, scale, offset, mean_sq, half, low, bias, fine, half_sq, length,
     K, KP, K_bias,
     D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     WIDE: tl.constexpr, UNIT: tl.constexpr, EUCLIDEAN: tl.constexpr, SPLIT: tl.constexpr,
     INFLATE: tl.constexpr, LAMBDA: tl.constexpr, LAMBDA_FINE: tl.constexpr, ORACLE: tl.constexpr,
-    UNIT_ERROR: tl.constexpr, TINY: tl.constexpr, UP: tl.constexpr,
+    UNIT_ERROR: tl.constexpr, ERROR: tl.constexpr, FINE_ERROR: tl.constexpr, TINY: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """One program rounds BK codes of one head to fp16 and measures h_k, n_k and what the rounding left.
-
-    Writes everything per code but the biases, which need M: the sum of the program's h_k goes to sums [H, KP / BK].
-    """
+    """One program rounds BK codes of one head to fp16 and writes h_k, n_k and, by what the rounding left, B_k, G_k."""
     i_k, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < K
@@ -119,41 +116,23 @@ def pack_codes_kernel(
     b_G = (b_len + LAMBDA * (tl.sqrt(b_res) * INFLATE + b_more)) * UP
     b_G_fine = (b_len + LAMBDA_FINE * (tl.sqrt(b_res_fine) * INFLATE + b_more)) * UP
     inside = (b_sq < float("inf")) & (b_G < float("inf")) & (b_finite == 1)
-    b_h = b_sq * 0.5 if EUCLIDEAN else b_sq * 0.0
-    tl.store(sums + i_h * tl.num_programs(0) + i_k, tl.sum(tl.where(inside & m_k, b_h, 0.0), axis=0))
+    b_h = tl.where(inside, b_sq * (0.5 if EUCLIDEAN else 0.0), 0.0)
+    b_M = tl.load(mean_sq + i_h)
+    b_B = b_M - b_h + 2.0 * ERROR * (b_h + b_M)
+    b_B_fine = b_M - b_h + 2.0 * FINE_ERROR * (b_h + b_M)
+    # Codes outside the range are always candidates; padding and codes with NaN or Inf never are.
+    b_fixed = tl.where(m_k & (b_finite == 1), float("inf"), float("-inf"))
+    inside &= m_k
+    p_bias = (i_h * K_bias + o_k) * 2
+    m_bias = o_k < K_bias
+    tl.store(bias + p_bias, tl.where(inside, b_B, b_fixed), mask=m_bias)
+    tl.store(bias + p_bias + 1, tl.where(inside, b_G, 0.0), mask=m_bias)
+    # In the second scan a large number does, which may meet an infinite line: c is at least 2^-80.
+    tl.store(fine + p_bias, tl.where(inside, b_B_fine, tl.minimum(b_fixed, 3.4028234663852886e38)), mask=m_bias)
+    tl.store(fine + p_bias + 1, tl.where(inside, b_G_fine, 0.0), mask=m_bias)
     b_h = tl.where(b_finite == 1, tl.where(inside, b_h, 3.4028234663852886e38), float("inf"))
     tl.store(half_sq + i_h * K + o_k, b_h, mask=m_k)
     tl.store(length + i_h * K + o_k, b_len, mask=m_k)
-    o_bias = (i_h * K_bias + o_k) * 2 + 1
-    tl.store(bias + o_bias, tl.where(inside & m_k, b_G, 0.0), mask=o_k < K_bias)
-    tl.store(fine + o_bias, tl.where(inside & m_k, b_G_fine, 0.0), mask=o_k < K_bias)
-
-
-@triton.jit(do_not_specialize=["K", "parts"])
-def bias_kernel(
-    sums, half_sq, bias, fine, mean_sq,
-    K, K_bias, parts,
-    BK: tl.constexpr, ERROR: tl.constexpr, FINE_ERROR: tl.constexpr, UP: tl.constexpr,
-):  # fmt: skip
-    """One program writes M, and B_k of BK codes of one head for both scans."""
-    i_k, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_k = i_k * BK + tl.arange(0, BK)
-    b_sum = tl.zeros([BK], tl.float32)
-    for part in range(0, parts, BK):
-        o_p = part + tl.arange(0, BK)
-        b_sum += tl.load(sums + i_h * parts + o_p, mask=o_p < parts, other=0.0)
-    b_M = tl.sum(b_sum, axis=0) / K.to(tl.float32) * UP
-    tl.store(mean_sq + i_h, b_M, mask=i_k == 0)
-    b_h = tl.load(half_sq + i_h * K + o_k, mask=o_k < K, other=float("inf"))
-    # Codes outside the range are always candidates; padding and codes with NaN or Inf never are.
-    b_fixed = tl.where(b_h < float("inf"), float("inf"), float("-inf"))
-    fixed = b_h > 3.4e38
-    b_h = tl.where(fixed, 0.0, b_h)
-    o_bias = (i_h * K_bias + o_k) * 2
-    tl.store(bias + o_bias, tl.where(fixed, b_fixed, b_M - b_h + 2.0 * ERROR * (b_h + b_M)), mask=o_k < K_bias)
-    # In the second scan a large number does, which may meet an infinite line: c is at least 2^-80.
-    b_fixed = tl.minimum(b_fixed, 3.4028234663852886e38)
-    tl.store(fine + o_bias, tl.where(fixed, b_fixed, b_M - b_h + 2.0 * FINE_ERROR * (b_h + b_M)), mask=o_k < K_bias)
 
 
 def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfig | None = None) -> PackedCodebook:
@@ -166,38 +145,31 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     tile = max(config.block_n, CODE_TILE)
     KP = triton.cdiv(K, tile) * tile
     K_bias = KP + config.block_n
-    unit, wide = metric == "cosine", codes.dtype == torch.float64
+    unit, euclidean = metric == "cosine", metric == "euclidean"
+    working = torch.float64 if codes.dtype == torch.float64 else torch.float32
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=codes.device)
 
-    norms = code_norms(codes) if unit else empty(H, 0, dtype=torch.float64)
-    # A zero code has similarity 0, which the inverse 0 gives as well.
-    inverse = torch.where(norms > 0, 1.0 / norms, 0.0).to(torch.float64 if wide else torch.float32)
-    shift, scale, offset = frame(codes, inverse, unit)
+    norms, inverse = empty(H, K if unit else 0, dtype=torch.float64), empty(H, K if unit else 0, dtype=working)
+    if unit:
+        code_norms(codes, out=norms, inverse=inverse)
+    shift, scale, offset, mean_sq = frame(codes, inverse, unit, euclidean)
 
     half = empty(H, KP, DP, dtype=torch.float16)
     low = empty(H, 0 if split else KP, DP, dtype=torch.float16)
     bias, fine = empty(H, K_bias, 2), empty(H, K_bias, 2)
-    half_sq, length, mean_sq = empty(H, K), empty(H, K), empty(H)
+    half_sq, length = empty(H, K), empty(H, K)
     block_k = 64
-    parts = triton.cdiv(K_bias, block_k)
-    sums = empty(H, parts)
-    pack_codes_kernel[(parts, H)](
-        codes, inverse, shift, scale, offset, half, low, bias, fine, half_sq, length, sums,
+    pack_codes_kernel[(triton.cdiv(K_bias, block_k), H)](
+        codes, inverse, shift, scale, offset, mean_sq, half, low, bias, fine, half_sq, length,
         K, KP, K_bias,
         D=D, DP=DP, BK=block_k, BD=min(DP, 32),
-        WIDE=wide, UNIT=unit, EUCLIDEAN=metric == "euclidean", SPLIT=split,
+        WIDE=working == torch.float64, UNIT=unit, EUCLIDEAN=euclidean, SPLIT=split,
         INFLATE=bounds.norm_inflation(D), LAMBDA=bounds.balance(split), LAMBDA_FINE=bounds.balance(True),
         ORACLE=bounds.ORACLE * bounds.UP, UNIT_ERROR=bounds.UNIT if unit else 0.0, TINY=bounds.TINY, UP=bounds.UP,
-    )  # fmt: skip
-    block_bias = 256
-    bias_kernel[(triton.cdiv(K_bias, block_bias), H)](
-        sums, half_sq, bias, fine, mean_sq,
-        K, K_bias, parts,
-        BK=block_bias, UP=bounds.UP,
-        ERROR=bounds.bias_error(D, DP) if metric == "euclidean" else 0.0,
-        FINE_ERROR=bounds.fine_bias_error(D, DP, split) if metric == "euclidean" else 0.0,
+        ERROR=bounds.bias_error(D, DP) if euclidean else 0.0,
+        FINE_ERROR=bounds.fine_bias_error(D, DP, split) if euclidean else 0.0,
     )  # fmt: skip
     return PackedCodebook(
         codes=codes, metric=metric, shift=shift, scale=scale, half=half, low=low, bias=bias, fine=fine,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
-from .configs import all_registers, rescan_config
+from .configs import all_registers, multiprocessors, rescan_config
 from .open import CANDIDATES, Open
 from .pack import PackedCodebook
 from .scan import Bins
@@ -124,7 +124,7 @@ def rescan_tiles(
 
 @triton.jit(do_not_specialize=["N", "K", "S", "steps_per_range", "steps"])
 def rescan_kernel(
-    rows, low, codes, codes_low, fine, best, rest, winner, open_count, open_tokens, factors, found, candidates,
+    rows, low, codes, codes_low, fine, best, rest, winner, counts, open_tokens, factors, found, candidates,
     N, N_pad, K, KP, K_bias, S, steps_per_range, steps,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FEW_N: tl.constexpr, LANES: tl.constexpr,
     CANDIDATES: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
@@ -134,7 +134,7 @@ def rescan_kernel(
     How many tokens are open is read here, on the device. Of few, tiles of BN codes would leave programs without work:
     they are scanned in tiles of FEW_N.
     """
-    n_open = tl.load(open_count + tl.program_id(1))
+    n_open = tl.load(counts + 1 + tl.program_id(1))
     if FEW_N < BN:
         few = tl.cdiv(n_open, BM) * steps < tl.num_programs(0)
         rescan_tiles(
@@ -159,10 +159,10 @@ def rescan(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Open)
     KP = packed.half.shape[1]
     device = tokens.rows.device
     candidates = torch.empty(H, N, CANDIDATES, dtype=torch.int32, device=device)
-    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    rescan_kernel[(triton.cdiv(config.programs * units, H), H)](
+    programs = config.programs * multiprocessors(device) if device.type == "cuda" else 2
+    rescan_kernel[(triton.cdiv(programs, H), H)](
         tokens.rows, left.low, packed.half, packed.low, packed.fine, bins.best, bins.rest, bins.winner,
-        left.count, left.tokens, left.factors, left.found, candidates,
+        left.counts, left.tokens, left.factors, left.found, candidates,
         N, N_pad, packed.codes.shape[1], KP, packed.fine.shape[1],
         bins.ranges, bins.steps * packed.config.block_n // config.block_n, KP // config.block_n,
         D=DP, BD=min(DP, bounds.CHUNK), BM=config.block_m, BN=config.block_n, FEW_N=config.columns[-1],

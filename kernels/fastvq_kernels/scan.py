@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import TOKEN_TILE
+from .configs import TOKEN_TILE, multiprocessors
 from .pack import PackedCodebook
 from .powers import ratio
 from .tokens import PackedTokens
@@ -222,7 +222,7 @@ def splits(programs: int, steps: int, lanes: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return min(2, steps)  # the interpreter takes the same path
-    units = torch.cuda.get_device_properties(device).multi_processor_count
+    units = multiprocessors(device)
     once, twice = min(steps, units // programs), min(steps // 4, 2 * units // programs)
     return max(1, once, twice, min(steps // 16, 16 // lanes))
 

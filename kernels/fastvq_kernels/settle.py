@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
-from .configs import TOKEN_TILE, all_registers, column_chunk
+from .configs import TOKEN_TILE, all_registers, column_chunk, multiprocessors
 from .decide import Hard
 from .exact import NO_CODE, exact_value
 from .pack import PackedCodebook
@@ -44,7 +44,7 @@ def exact_best(
 @triton.jit(do_not_specialize=["N", "K", "S", "steps", "all_steps"])
 def settle_kernel(
     tokens, codes, inverse, norms, shift, code_scale, tile_scale, norm, half_sq, length, mean_sq,
-    best_bounds, rest_bounds, winners_of_bins, indices, hard_tokens, hard_line, hard_count, values, winners,
+    best_bounds, rest_bounds, winners_of_bins, indices, hard_tokens, hard_line, counts, values, winners,
     N, N_pad, K, width, S, steps, all_steps,
     LEAD: tl.constexpr, SHARES: tl.constexpr, METRIC: tl.constexpr,
     D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
@@ -64,7 +64,7 @@ def settle_kernel(
     UNIT: tl.constexpr = METRIC == "cosine"
     MEMBERS: tl.constexpr = BN // LANES  # codes of a bin in one step
     o_lane = tl.arange(0, LANES)
-    n_hard = tl.load(hard_count)
+    n_hard = tl.load(counts)
     n_lead = tl.minimum(n_hard, LEAD)
     for work in range(tl.program_id(0), n_hard + n_lead * (SHARES - 1), tl.num_programs(0)):
         shared = work < n_lead * SHARES
@@ -138,10 +138,10 @@ def settle_kernel(
 
 
 @triton.jit
-def merge_kernel(indices, hard_tokens, hard_count, values, winners, LEAD: tl.constexpr, SHARES: tl.constexpr):
+def merge_kernel(indices, hard_tokens, counts, values, winners, LEAD: tl.constexpr, SHARES: tl.constexpr):
     """Write the index of every shared token: the smallest value, of equal ones the lowest code."""
     o_s = tl.arange(0, SHARES)
-    n_lead = tl.minimum(tl.load(hard_count), LEAD)
+    n_lead = tl.minimum(tl.load(counts), LEAD)
     for i in range(tl.program_id(0), n_lead, tl.num_programs(0)):
         b_value = tl.load(values + i * SHARES + o_s)  # [SHARES]
         b_code = tl.load(winners + i * SHARES + o_s)
@@ -157,8 +157,7 @@ def settle(
     """Complete indices [H, N] in place for the hard tokens."""
     H, N, D = x.shape
     codes, config = packed.codes, packed.config
-    cuda = x.device.type == "cuda"
-    programs = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 1
+    programs = 8 * multiprocessors(x.device)
     lead = min(LEAD, H * N)
     values = torch.empty(lead, SHARES, dtype=torch.float64, device=x.device)
     winners = torch.empty(lead, SHARES, dtype=torch.int64, device=x.device)
@@ -166,7 +165,7 @@ def settle(
         x, codes, packed.inverse, packed.norms, packed.shift, packed.scale, packed_tokens.scale,
         packed_tokens.norm, packed.half_sq,
         packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,
-        indices, hard.tokens, hard.line, hard.count, values, winners,
+        indices, hard.tokens, hard.line, hard.counts, values, winners,
         N, packed_tokens.norm.shape[1], codes.shape[1], D, bins.ranges, bins.steps,
         packed.half.shape[1] // config.block_n,
         LEAD=LEAD, SHARES=SHARES, METRIC=packed.metric,
@@ -177,5 +176,5 @@ def settle(
         enable_fp_fusion=False, **all_registers(x.device),
     )  # fmt: skip
     merge_kernel[(min(programs, lead),)](
-        indices, hard.tokens, hard.count, values, winners, LEAD=LEAD, SHARES=SHARES, num_warps=1
+        indices, hard.tokens, hard.counts, values, winners, LEAD=LEAD, SHARES=SHARES, num_warps=1
     )
