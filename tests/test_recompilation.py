@@ -52,6 +52,13 @@ def test_sizes_strides_and_offsets_never_compile_again(launches, family):
             assert kernel in expected[1], f"{name} compiles {kernel[0]} again, after {expected[0]}"
 
 
+@pytest.mark.parametrize("family", range(len(FAMILIES)), ids=["-".join(map(str, family)) for family in FAMILIES])
+def test_a_search_is_ten_launches_and_by_cosine_eleven(launches, family):
+    searches = [[kernel for kernel, _ in found] for found in launches[family].values()]
+    counts = {kernels.index("accumulate_kernel") for kernels in searches}
+    assert counts == {11 if "cosine" in FAMILIES[family] else 10}
+
+
 def test_another_dimension_or_dtype_is_told_apart(launches):
     found = [tuple(map(tuple, next(iter(problems.values())))) for problems in launches]
     assert len(set(found)) == len(FAMILIES)
