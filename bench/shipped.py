@@ -124,11 +124,11 @@ def search_kernels(
             "ORACLE": 2 * bounds.ORACLE,
             "UP": bounds.UP,
         }
-        given = {"WIDE": False, "UNIT": unit}
-        columns = {"D": dim, "BK": 64, "BD": column_chunk(dim, 64), **given}
+        given = {"D": dim, "WIDE": False, "UNIT": unit, "EUCLIDEAN": euclidean}
+        columns = {"BK": 64, "BD": column_chunk(dim, 64), **given}
         yield dim, _compile(frame.measure_columns_kernel, target, columns, 4)
         parts = {"D": dim, "ROOT_D": dim**0.5, "PARTS": frame.MOST_PARTS, "BD": 32, "UP": bounds.UP}
-        yield dim, _compile(frame.frame_kernel, target, {**parts, "EUCLIDEAN": euclidean}, 4)
+        yield dim, _compile(frame.frame_kernel, target, parts, 4)
         balances = {"LAMBDA": bounds.balance(split), "LAMBDA_FINE": bounds.balance(True)}
         slacks = {"ORACLE": bounds.ORACLE, "UNIT_ERROR": unit_error, "ERROR": 1e-5, "FINE_ERROR": 1e-6, **balances}
         codes = {"BK": 64, "UNIT": unit, "EUCLIDEAN": euclidean, **slacks}

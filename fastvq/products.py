@@ -54,9 +54,5 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _padded(rows: Tensor) -> Tensor:
     """``rows [n, ...]``, and of zeros as many as lack to a multiple, contiguous: the operator reads no strides."""
-    n = len(rows)
-    if n % _MULTIPLE == 0:
-        return rows.contiguous()
-    padded = rows.new_zeros(n + -n % _MULTIPLE, *rows.shape[1:])
-    padded[:n] = rows
-    return padded
+    lacking = -len(rows) % _MULTIPLE
+    return (F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, lacking]) if lacking else rows).contiguous()

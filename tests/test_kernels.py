@@ -155,3 +155,8 @@ def test_mean_of_half_squares_is_measured_in_the_frame(kernel_device, offset, sc
     # Of squares around the first code, at most four standard deviations off, 16 parts are subtracted from 17: of sums
     # and roots in fp32, with errors of 2^-22.
     assert torch.allclose(packed.mean_sq.cpu().double(), expected, rtol=33 * 2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_products_have_no_mean_of_half_squares(kernel_device, metric):
+    assert not pack_codebook(torch.randn(2, 100, 12, device=kernel_device) + 3, metric).mean_sq.any()

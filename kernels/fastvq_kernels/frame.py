@@ -27,19 +27,20 @@ def unit_or_given(p_e, b_inv, m_e, WIDE: tl.constexpr, UNIT: tl.constexpr):
 def measure_columns_kernel(
     codes, inverse, measured,
     K, parts,
-    D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, EUCLIDEAN: tl.constexpr,
 ):  # fmt: skip
     """One program measures BD columns of every parts-th block of BK codes of one head.
 
     Writes number, sum, root of the sum of squares, smallest and largest of the finite values, and what was subtracted
-    from them first, in fp32 (measured [H, parts, 6, D]): the first code, so that squares of values far from 0 tell how
-    they spread; nothing from unit codes.
+    from them first, in fp32 (measured [H, parts, 6, D]). For euclidean distances that is the first code: squares then
+    tell how values far from 0 spread. For the others, whose M is 0, it is 0 and so are the squares.
     """
     i_p, i_h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
     b_first = tl.zeros([BD], tl.float32)
-    if not UNIT:
+    if EUCLIDEAN:
         b_first = tl.load(codes + i_h * K * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_first = tl.where(tl.abs(b_first) < float("inf"), b_first, 0.0)
     b_number, b_sum, b_squares = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float64)
@@ -51,14 +52,14 @@ def measure_columns_kernel(
         m_e = m_k[:, None] & m_d[None, :]
         b_e = unit_or_given(codes + (i_h * K + o_k)[:, None] * D + o_d[None, :], b_inv, m_e, WIDE, UNIT)
         b_e = b_e.to(tl.float32)  # [BK, BD]
-        if not UNIT:
+        if EUCLIDEAN:
             b_e -= b_first[None, :]
         # Not b_e - b_e == 0, of which the compiler would make the rounding error of the product e g.
         finite = m_e & (tl.abs(b_e) < float("inf"))
         b_number += tl.sum(finite.to(tl.float32), axis=0)
         b_sum += tl.sum(tl.where(finite, b_e, 0.0), axis=0)
-        # Beyond the range of fp32 for values that are not.
-        b_squares += tl.sum(tl.where(finite, b_e.to(tl.float64) * b_e.to(tl.float64), 0.0), axis=0)
+        if EUCLIDEAN:  # in float64: values within the range of fp32 have squares outside it
+            b_squares += tl.sum(tl.where(finite, b_e.to(tl.float64) * b_e.to(tl.float64), 0.0), axis=0)
         b_low = tl.minimum(b_low, tl.min(tl.where(finite, b_e, float("inf")), axis=0))
         b_high = tl.maximum(b_high, tl.max(tl.where(finite, b_e, float("-inf")), axis=0))
     p_measured = measured + ((i_h * parts + i_p) * 6) * D + o_d
@@ -74,8 +75,7 @@ def measure_columns_kernel(
 def frame_kernel(
     measured, shift, scale, offset, mean_sq,
     parts,
-    D: tl.constexpr, ROOT_D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, EUCLIDEAN: tl.constexpr,
-    UP: tl.constexpr,
+    D: tl.constexpr, ROOT_D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """One program turns what was measured of one head into m [D], 2^b, an upper bound of 2^b |m|, and M."""
     i_h = tl.program_id(0).to(tl.int64)
@@ -107,10 +107,10 @@ def frame_kernel(
     tl.store(scale + i_h, b_scale)
     tl.store(offset + i_h, tl.max(b_far, axis=0) * b_scale * ROOT_D)
     b_M = tl.sum(b_spread, axis=0) * b_scale.to(tl.float64) * b_scale.to(tl.float64) * 0.5
-    tl.store(mean_sq + i_h, b_M.to(tl.float32) * UP if EUCLIDEAN else 0.0)
+    tl.store(mean_sq + i_h, b_M.to(tl.float32) * UP)
 
 
-def frame(codes: Tensor, inverse: Tensor, unit: bool, euclidean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def frame(codes: Tensor, inverse: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """m [H, D], 2^b [H], a bound of 2^b |m| [H] and M [H], fp32, of dense codes [H, K, D] and g_k [H, K] of unit codes.
 
     Any M is valid. It is 0 for other than euclidean distances.
@@ -123,10 +123,11 @@ def frame(codes: Tensor, inverse: Tensor, unit: bool, euclidean: bool) -> tuple[
     scale, offset, mean_sq = (torch.empty(H, dtype=torch.float32, device=codes.device) for _ in range(3))
     measure_columns_kernel[(parts, triton.cdiv(D, block_d), H)](
         codes, inverse, measured, K, parts,
-        D=D, BK=block_k, BD=block_d, WIDE=codes.dtype == torch.float64, UNIT=unit,
+        D=D, BK=block_k, BD=block_d,
+        WIDE=codes.dtype == torch.float64, UNIT=metric == "cosine", EUCLIDEAN=metric == "euclidean",
     )  # fmt: skip
     frame_kernel[(H,)](
         measured, shift, scale, offset, mean_sq, parts,
-        D=D, ROOT_D=math.sqrt(D) * bounds.UP, PARTS=MOST_PARTS, BD=32, EUCLIDEAN=euclidean, UP=bounds.UP,
+        D=D, ROOT_D=math.sqrt(D) * bounds.UP, PARTS=MOST_PARTS, BD=32, UP=bounds.UP,
     )  # fmt: skip
     return shift, scale, offset, mean_sq

@@ -154,7 +154,7 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     norms, inverse = empty(H, K if unit else 0, dtype=torch.float64), empty(H, K if unit else 0, dtype=working)
     if unit:
         code_norms(codes, out=norms, inverse=inverse)
-    shift, scale, offset, mean_sq = frame(codes, inverse, unit, euclidean)
+    shift, scale, offset, mean_sq = frame(codes, inverse, metric)
 
     half = empty(H, KP, DP, dtype=torch.float16)
     low = empty(H, 0 if split else KP, DP, dtype=torch.float16)
