@@ -1,4 +1,4 @@
-"""What the ways to find the codes that can win have in common: :mod:`fastvq.small`, `whole`, `groups` and `coarse`."""
+"""What the ways to find the codes that can win have in common: :mod:`fastvq.direct`, `groups` and `coarse`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from torch import Tensor
 
 # Over other numbers of tokens than multiples of this the maxima take twice as long.
 _TOKENS_PER_MAXIMA = 32
-# What a one in row k adds to the sum of its column is k more than this: the sum tells whether there is another, and the
-# row if there is none. Exact in float32, for as many rows.
-_ONE = 2.0**23
-MOST_ROWS = int(_ONE)
 # With more codes left a token is crowded: it is cheaper among distinct codes, or in the oracle. Bounds the memory of
 # what is settled.
 MOST = 64
@@ -65,36 +61,3 @@ def without_crowded(owners: Tensor, others: Tensor, counts: Tensor, most: int) -
         return owners, others
     left = (counts <= most).index_select(0, owners).nonzero()[:, 0]
     return owners.index_select(0, left), others.index_select(0, left)
-
-
-def row_weights(n_rows: int, device: torch.device) -> Tensor:
-    """``[rows]``: their product with a matrix of zeros and ones is what the functions below read. Up to MOST_ROWS.
-
-    Comparing into bool takes several times longer than a product, and so does to look for what is true in all rows.
-    """
-    return torch.arange(_ONE, _ONE + n_rows, dtype=torch.float32, device=device)
-
-
-def only_row(sums: Tensor) -> Tensor:
-    """The row of the one in each column, int64, or -1 where there is none or more than one."""
-    return torch.where((sums >= _ONE) & (sums < 2 * _ONE), sums - _ONE, -1).long()
-
-
-def only_rows(sums: Tensor) -> Tensor | None:
-    """:func:`only_row` of columns that each have at least one, in a few steps where none has more; else None."""
-    return (sums - _ONE).long() if float(sums.amax()) < 2 * _ONE else None
-
-
-def with_several(sums: Tensor) -> Tensor:
-    """Columns with more than one, but not crowded."""
-    return ((sums >= 2 * _ONE) & ~is_crowded(sums)).nonzero()[:, 0]
-
-
-def is_crowded(sums: Tensor) -> Tensor:
-    """Whether there are very many in each column."""
-    return sums >= (MOST + 1) * _ONE
-
-
-def at_most(sums: Tensor) -> float:
-    """As many as there are ones in all columns, or up to twice as many."""
-    return float(sums.double().sum()) / _ONE

@@ -10,7 +10,6 @@ of the time of float32's and a sixth of bfloat16's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,11 +18,10 @@ from torch import Tensor
 
 from fastvq.candidates import Candidates, joined
 from fastvq.groups import reaching, rescored
+from fastvq.groups import search as search_in_float32
 from fastvq.packed import PackedCodebook, error_constant, pack_tokens, raise_lower
 from fastvq.products import bfloat16_units, product_values
 from fastvq.rounded import UNIT, RoundedCodebook, RoundedTokens, round_tokens
-
-Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
 
 
 class Worth(NamedTuple):
@@ -69,8 +67,8 @@ def pays(n_tokens: float, codes: Tensor) -> bool:
     return enough and n_tokens * n_codes * (dim + 8) >= worth.work
 
 
-def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: RoundedCodebook, fine: Search) -> Candidates:
-    """Candidates of one block of tokens ``[n, D]``; ``fine`` searches in float32.
+def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: RoundedCodebook) -> Candidates:
+    """Candidates of one block of tokens ``[n, D]``.
 
     Raises ``lower [n]``, the best lower bounds that are known of the tokens; NaN where a token may not be compared.
     """
@@ -96,7 +94,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
     others = torch.cat([*crowded, torch.arange(end, n, device=x.device)])
     if len(others):
         least = lower[others]
-        found = _with(found, fine(x[others], packed, least), others)
+        found = _with(found, search_in_float32(x[others], packed, least), others)
         lower[others] = least
     return found
 
@@ -121,12 +119,12 @@ def _reaches(tokens: RoundedTokens, packed: PackedCodebook, rounded: RoundedCode
 def _maxima(tokens: Tensor, codes: Tensor) -> Tensor:
     """Bits of the largest product in each group where it is not negative, else negative: int16 ``[groups, n]``.
 
-    For tokens ``[n, D + 5]`` and codes ``[groups, G, D + 5]`` in bfloat16.
+    For tokens ``[n, D + 4]`` and codes ``[groups, G, D + 4]`` in bfloat16.
     """
     n_groups, group, width = codes.shape
     n = len(tokens)
     tokens = F.pad(tokens, (0, 0, 0, -n % _MULTIPLE))
-    values = 2 * product_values(read_once=True)
+    values = 2 * product_values()
     step = min(n_groups, max(1, values // (group * _TOKENS_PER_PRODUCT)))  # groups per product
     maxima = torch.empty(n_groups, len(tokens), dtype=torch.int16, device=tokens.device)
     buffer = torch.empty(step * group * _TOKENS_PER_PRODUCT, dtype=torch.bfloat16, device=tokens.device)

@@ -1,19 +1,17 @@
 """Exact nearest-code search from plain PyTorch parts, without a ``[tokens, codes]`` matrix.
 
 1. *Scan*: a float32 matrix product writes upper bounds of the scores of some tokens against some codes into a buffer
-   of which every thread finds its part in its own cache. Up to 2,048 codes (:mod:`fastvq.whole`) the codes are named
-   there whose bound reaches the best lower bound of their token, nearly always one. Of more codes
-   (:mod:`fastvq.groups`) only the largest bound of each group is kept, which names groups. Processors that multiply
-   bfloat16 several times faster scan in it first (:mod:`fastvq.coarse`), which names more groups.
-2. *Rescore*, after groups: the product is made again, in float32, the codes of a group with all its tokens, and names
-   codes.
+   of which every thread finds its part in its own cache, and only the largest bound of each group of codes is kept
+   (:mod:`fastvq.groups`). That names groups, nearly always one. Processors that multiply bfloat16 several times faster
+   scan in it first (:mod:`fastvq.coarse`), which names more groups.
+2. *Rescore*: the product is made again, in float32, the codes of a group with all its tokens, and names codes.
 3. *Settle* (:mod:`fastvq.settle`): where more than one code remains, the oracle's own float64 arithmetic decides; a
    token with very many candidates (duplicate codes, a collapsed codebook) is searched again among the distinct codes.
 
 **Scores.** With a shift ``m`` and a power of two ``s``, tokens become ``x' = s(x - m)`` and codes
 ``e' = s(e - m)``. The nearest code has the largest ``S_k = x'·e'_k - h_k``, ``h_k = |e'_k|²/2``; ``|x'|²`` is the
 same for all codes and never added. For the inner product and the cosine (codes of norm 1) ``m`` and ``h`` are 0
-and every token has a power of two of its own, because their order does not depend on the token's length.
+and every token is divided by its largest coordinate, because their order does not depend on the token's length.
 
 **Bound.** Let ``u = 2⁻²⁴`` be the unit roundoff, ``a = |x'|`` and ``b_k = |e'_k|``. A float32 inner product of n
 terms, in any order and with or without fused operations, errs by at most ``γ_n = nu/(1 - nu)`` times the sum of
@@ -24,8 +22,10 @@ six u for the arithmetic on maxima, the computed score is within ``c(a·b_k + h_
 bound rides in the product: tokens carry the extra columns ``(1, c·a)``, codes ``(-(1 - c)h_k, b_k)``, so that the
 product *is* an upper bound of ``S_k``, and subtracting ``2c(a·b_k + h_k)`` gives a lower bound. From the largest
 bound of a group of codes the largest norms of the group are subtracted, and the largest of these differences is below
-the best score. A small problem is searched without packing (:mod:`fastvq.small`): there the computed score itself is
-compared with the largest one less ``2c(a·b + h)``, a being the largest of all tokens, b and h of all codes.
+the best score.
+
+Few codes, or few tokens, are searched without packing (:mod:`fastvq.direct`). There the computed score itself is
+compared with the largest one less ``2c(a·b + h)``, a being the largest of many tokens, b and h of all codes.
 
 **Slack.** The oracle rounds too. Its squared distances have a relative error of at most ``(D + 4)2⁻⁵³``, so that
 the true score of its winner is below the true best by at most ``4(D + 4)2⁻⁵³(a² + b²)``. The part in ``b²`` is
@@ -44,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import coarse, groups, reference, small, whole
+from fastvq import coarse, direct, groups, reference
 from fastvq.candidates import even_pieces
 from fastvq.packed import Frame, PackedCodebook, frame_of, pack
 from fastvq.settle import settle
@@ -115,18 +115,22 @@ def nearest_code(
     """
     if len(x) == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
-    if small.fits(x, codebook, metric) and (indices := small.search(x, codebook)) is not None:
-        return indices
-    return _search(x, (prepare_once or _in_frame)(codebook, metric))
+    prepare_once = prepare_once or _in_frame
+    if not direct.fits(x, codebook) or coarse.pays(len(x), codebook):
+        return search_packed(x, prepare_once(codebook, metric))
+    indices, left = direct.search(x, codebook, metric)
+    if len(left):
+        indices[left] = search_packed(x[left], prepare_once(codebook, metric))
+    return indices
 
 
-def _search(x: Tensor, prepared: Prepared) -> Tensor:
-    """:func:`nearest_code` in a prepared codebook, in one part of it after the other."""
+def search_packed(x: Tensor, prepared: Prepared) -> Tensor:
+    """:func:`nearest_code` of at least one token in a prepared codebook, in one part of it after the other."""
     metric, codes, numbers, frame, packed = prepared
     if len(codes) == 0:
         return x.new_full((len(x),), -1, dtype=torch.int64)
     if numbers is not None:
-        indices = _search(x, prepared._replace(numbers=None))
+        indices = search_packed(x, prepared._replace(numbers=None))
         return torch.where(indices < 0, -1, numbers[indices])
     if frame is None:
         return reference.nearest_code(x, codes, metric)
@@ -137,6 +141,8 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     for first in range(0, len(codes), step):
         part = codes[first : first + step]
         found = _search_part(x, part, packed or pack(part, frame, coarse.pays(len(x), part)), lower)
+        if len(part) == len(codes):
+            return found
         found[found >= 0] += first
         again = ((indices >= 0) & (found >= 0)).nonzero()[:, 0]
         pairs = again.repeat(2), torch.cat([indices[again], found[again]])
@@ -158,9 +164,9 @@ def _search_part(x: Tensor, codes: Tensor, packed: PackedCodebook, lower: Tensor
     """Winners among ``codes`` of tokens ``[N, D]``, -1 where none reaches ``lower [N]``, which it raises."""
     metric = packed.frame.metric
     n = even_pieces(len(x), min(_TOKENS_PER_BLOCK, _VALUES_PER_BLOCK // packed.rows.shape[2]))
-    search = whole.search if len(codes) <= whole.MOST_CODES else groups.search
+    search = groups.search
     if packed.rounded and coarse.pays(len(x), codes):
-        search = partial(coarse.search, rounded=packed.rounded, fine=search)
+        search = partial(coarse.search, rounded=packed.rounded)
     found = [search(some, packed, least) for some, least in zip(x.split(n), lower.split(n), strict=True)]
     indices = torch.cat([block.indices for block in found])
     owners = torch.cat([block.owners + i * n for i, block in enumerate(found)])
@@ -195,7 +201,7 @@ def _search_distinct(x: Tensor, codebook: Tensor, frame: Frame) -> Tensor:
     first = torch.full((len(distinct),), len(codebook), device=x.device)
     first.scatter_reduce_(0, inverse, torch.arange(len(codebook), device=x.device), "amin")
     first = first.sort().values
-    return first[_search(x, Prepared(frame.metric, codebook[first], None, frame, None))]
+    return first[search_packed(x, Prepared(frame.metric, codebook[first], None, frame, None))]
 
 
 def _outside_scaled_range(codebook: Tensor) -> bool:

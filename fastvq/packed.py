@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import reference
 from fastvq.rounded import RoundedCodebook, empty_codebook, round_codes
 
 # Scores of larger tokens might leave float32's range.
@@ -90,7 +89,7 @@ def _pack_groups(codes: Tensor, frame: Frame, out: Tensor, largest: Tensor) -> N
     filled = rows[: len(codes)]
     if frame.metric == "cosine":
         codes = codes.double()
-        norms = reference.code_norms(codes.t())[:, None]
+        norms = torch.linalg.vector_norm(codes, dim=1, keepdim=True)
         codes = torch.where(norms > 0, codes / norms, 0.0)
     _scale(codes, frame, out=filled[:, :dim])
     b = torch.linalg.vector_norm(rows[:, :dim], dim=1)
@@ -119,8 +118,9 @@ def pack_tokens(x: Tensor, frame: Frame, out: Tensor) -> Tensor:
     if frame.metric == "euclidean":
         _scale(x, frame, out=out[:, :dim])
     else:
-        exponents = torch.frexp(x.double().abs().amax(1, keepdim=True)).exponent
-        out[:, :dim] = torch.ldexp(x.double(), -exponents)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        largest = x.abs().amax(1, keepdim=True)
+        torch.div(x, largest.masked_fill_(largest == 0, 1.0), out=out[:, :dim])
     a = torch.linalg.vector_norm(out[:, :dim], dim=1).add_(2.0**-62 * dim**0.5)
     # A bound of NaN reaches nothing, so that the token has no candidates.
     a.masked_fill_(~(a < LARGEST_NORM), torch.nan)

@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A product of 512 x 512 float32 values (1 MiB) stays in the level-2 cache of a Xeon's core (2 MiB: half the speed), and
-# on an EPYC it is compared sooner.
-_VALUES_PER_THREAD = 1 << 18
+# A product of 512 x 512 float32 values (1 MiB) stays in the level-2 cache of a Xeon's core (2 MiB: half the speed). On
+# an EPYC twice as many, in half as many calls, take a twentieth to a tenth less time.
+_VALUES_PER_THREAD = {None: 1 << 18, "AMX": 1 << 18, "AVX-512 BF16": 1 << 19}
 # oneDNN compiles a product of a new size first, which takes half a millisecond: few sizes, whatever the tokens.
 _MULTIPLE = 16
 # Of fewer multiplications, or rows, it takes longer than ``torch.mm``: 15 us against 5 with 16 x 256 x 32, 35 each with
 # 32 x 1,024 x 64, 13 ms against 2 with 1 x 262,144 x 8.
 _LEAST_WORK = 1 << 21
-_FEWEST = 64
+_FEWEST = 16
 
 
 def bfloat16_units() -> str | None:
@@ -27,11 +27,9 @@ def bfloat16_units() -> str | None:
     return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
-def product_values(read_once: bool = False) -> int:
-    """Float32 values of a product of which every thread finds its part in the caches, to read it once or more."""
-    # On an EPYC twice as many, in half as many calls, take a tenth to a fifth less time where they are read once.
-    more = 2 if read_once and bfloat16_units() == "AVX-512 BF16" else 1
-    return more * _VALUES_PER_THREAD * torch.get_num_threads()
+def product_values() -> int:
+    """Float32 values of a product of which every thread finds its part in the caches."""
+    return _VALUES_PER_THREAD[bfloat16_units()] * torch.get_num_threads()
 
 
 def _by_onednn() -> bool:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import cpu, kept, reference, small
+from fastvq import cpu, direct, kept, reference
 
 
 @pytest.fixture(autouse=True)
 def small_problems_pack_as_large_ones_do(monkeypatch):
-    monkeypatch.setattr(small, "FEW_SCORES", 0)
+    monkeypatch.setattr(direct, "MOST_CODES", 0)
+    monkeypatch.setattr(direct, "FEW_SCORES", 0)
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -114,7 +115,7 @@ def test_small_problems_are_searched_without_keeping_anything(monkeypatch):
     module = fastvq.EMACodebook(70, 5).eval()
     module(torch.randn(16, 5))
     assert module._kept._last is None
-    monkeypatch.setattr(small, "FEW_SCORES", 70 * 40)
+    monkeypatch.setattr(direct, "FEW_SCORES", 70 * 40)
     module(torch.randn(40, 5))
     assert module._kept._last is None
     module(torch.randn(41, 5))

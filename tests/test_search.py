@@ -7,10 +7,16 @@ from hypothesis import strategies as st
 from strategies import METRICS, problems
 
 import fastvq
-from fastvq import candidates, coarse, cpu, groups, packed, products, reference, settle, small, whole
+from fastvq import coarse, cpu, direct, groups, packed, products, reference, settle
 
 
-@pytest.fixture(autouse=True, scope="module", params=["by size", "whole", "groups", "coarse"])
+def set_product_values(patch, values):
+    """Of a product, for every thread."""
+    for units in products._VALUES_PER_THREAD:
+        patch.setitem(products._VALUES_PER_THREAD, units, values)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["by size", "table", "groups", "coarse"])
 def way(request):
     """The way to search follows from the size of a problem; three quarters of the tests take that of larger ones.
 
@@ -20,9 +26,13 @@ def way(request):
         patch.setattr(products, "_by_onednn", lambda: request.param in ("by size", "groups"))
         for least in ("_FEWEST", "_LEAST_WORK"):
             patch.setattr(products, least, 1)
+        if request.param == "table":
+            patch.setattr(direct, "MOST_CODES", 1 << 20)
+            patch.setattr(direct, "_TOKENS_PER_BLOCK", 100)
+            set_product_values(patch, 1 << 9)
+        elif request.param != "by size":
+            patch.setattr(direct, "fits", lambda *problem: False)
         if request.param != "by size":
-            patch.setattr(small, "FEW_SCORES", 0)
-            patch.setattr(whole, "MOST_CODES", 1 << 20 if request.param == "whole" else 0)
             patch.setattr(coarse, "pays", lambda *size: request.param == "coarse")
             patch.setattr(coarse, "_FEWEST_RESCORED", 2)
         yield
@@ -91,12 +101,17 @@ def test_indices_equal_float64_whatever_the_data(problem):
 def test_indices_equal_float64_with_and_without_packing(problem):
     x, codebook, metric = problem
     expected = reference.nearest_code(x, codebook, metric)
-    for tokens, pairs in ((0, 0), (len(x), 20), (len(x), 10**6)):
+    for values, several, most in ((1 << 9, 1.0, 64), (1 << 9, 0.1, 1), (1 << 18, 1.0, 64), (1 << 18, 0.1, 1)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(small, "FEW_TOKENS", tokens)
-            patch.setattr(small, "FEW_SCORES", 0)
-            patch.setattr(small, "_FEW_PAIRS", pairs)
+            set_product_values(patch, values)
+            patch.setattr(direct, "_TOKENS_PER_BLOCK", 100)
+            patch.setattr(direct, "_MOST_SEVERAL", several)
+            patch.setattr(direct, "MOST", most)
+            indices, left = direct.search(x.float(), codebook.float(), metric)
             assert torch.equal(cpu.nearest_code(x, codebook, metric), expected)
+        known = torch.ones(len(x), dtype=torch.bool).index_fill_(0, left, False)
+        if torch.float64 not in (x.dtype, codebook.dtype):
+            assert torch.equal(indices[known], expected[known])
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -104,8 +119,7 @@ def test_indices_equal_float64_with_and_without_packing(problem):
 def test_indices_equal_float64_in_parts_of_the_codebook(problem, codes):
     x, codebook, metric = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small, "FEW_TOKENS", 0)
-        patch.setattr(small, "FEW_SCORES", 0)
+        patch.setattr(direct, "fits", lambda *problem: False)
         patch.setattr(cpu, "_PART_CODES", codes)
         patch.setattr(cpu, "_LEAST_PART_VALUES", 0)
         assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
@@ -164,14 +178,15 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
     x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
     expected = reference.nearest_code(x, codebook)
     for tokens, codes, values, most in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
-        monkeypatch.setattr(cpu, "_TOKENS_PER_BLOCK", 3 * tokens)
+        for module in (cpu, direct):
+            monkeypatch.setattr(module, "_TOKENS_PER_BLOCK", 3 * tokens)
         for way in (coarse, groups):
             monkeypatch.setattr(way, "_TOKENS_PER_PRODUCT", tokens)
-        for module in (candidates, groups):
+        for module in (direct, groups):
             monkeypatch.setattr(module, "MOST", most)
         monkeypatch.setattr(groups, "_RESCORED_VALUES", values)
         monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
-        monkeypatch.setattr(products, "_VALUES_PER_THREAD", codes * tokens)
+        set_product_values(monkeypatch, codes * tokens)
         monkeypatch.setattr(packed, "_GROUPS", ((0, codes // 8),))
         monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
         assert torch.equal(cpu.nearest_code(x, codebook), expected)
