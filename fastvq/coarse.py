@@ -10,6 +10,7 @@ of the time of float32's and a sixth of bfloat16's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from fastvq.candidates import Candidates, joined
 from fastvq.groups import reaching, rescored
-from fastvq.groups import search as search_in_float32
 from fastvq.packed import PackedCodebook, error_constant, pack_tokens, raise_lower
 from fastvq.products import bfloat16_units, product_values
 from fastvq.rounded import UNIT, RoundedCodebook, RoundedTokens, round_tokens
+
+Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
 
 
 class Worth(NamedTuple):
@@ -67,8 +69,8 @@ def pays(n_tokens: float, codes: Tensor) -> bool:
     return enough and n_tokens * n_codes * (dim + 8) >= worth.work
 
 
-def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: RoundedCodebook) -> Candidates:
-    """Candidates of one block of tokens ``[n, D]``.
+def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: RoundedCodebook, fine: Search) -> Candidates:
+    """Candidates of one block of tokens ``[n, D]``; ``fine`` searches in float32.
 
     Raises ``lower [n]``, the best lower bounds that are known of the tokens; NaN where a token may not be compared.
     """
@@ -94,7 +96,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor, *, rounded: Rounded
     others = torch.cat([*crowded, torch.arange(end, n, device=x.device)])
     if len(others):
         least = lower[others]
-        found = _with(found, search_in_float32(x[others], packed, least), others)
+        found = _with(found, fine(x[others], packed, least), others)
         lower[others] = least
     return found
 

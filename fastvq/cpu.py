@@ -44,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import coarse, direct, groups, reference
+from fastvq import coarse, direct, groups, reference, table
 from fastvq.candidates import even_pieces
 from fastvq.packed import Frame, PackedCodebook, frame_of, pack
 from fastvq.settle import settle
@@ -164,9 +164,9 @@ def _search_part(x: Tensor, codes: Tensor, packed: PackedCodebook, lower: Tensor
     """Winners among ``codes`` of tokens ``[N, D]``, -1 where none reaches ``lower [N]``, which it raises."""
     metric = packed.frame.metric
     n = even_pieces(len(x), min(_TOKENS_PER_BLOCK, _VALUES_PER_BLOCK // packed.rows.shape[2]))
-    search = groups.search
+    search = table.search if len(codes) <= table.MOST_CODES else groups.search
     if packed.rounded and coarse.pays(len(x), codes):
-        search = partial(coarse.search, rounded=packed.rounded)
+        search = partial(coarse.search, rounded=packed.rounded, fine=search)
     found = [search(some, packed, least) for some, least in zip(x.split(n), lower.split(n), strict=True)]
     indices = torch.cat([block.indices for block in found])
     owners = torch.cat([block.owners + i * n for i, block in enumerate(found)])

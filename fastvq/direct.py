@@ -1,9 +1,7 @@
 """Search in the codes as they are, where packing them costs more than it saves: among few codes, or for few tokens.
 
-The codes whose computed score reaches the best one of their token, less a margin, can win. Of a small product each
-score is compared with that limit. Of larger ones the codes are seen as a table, and only the largest scores of its rows
-and columns are kept: a code that reaches the limit makes the maxima of its row and its column reach it, so that where
-one row and one column do, it is the code where they cross. :mod:`fastvq.cpu` derives the margin.
+The codes whose computed score reaches the best one of their token, less a margin that :mod:`fastvq.cpu` derives, can
+win. Of a small product each score is compared with that limit, of larger ones those that :mod:`fastvq.table` keeps.
 """
 
 from __future__ import annotations
@@ -15,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.candidates import MOST, even_pieces, joined, places
+from fastvq import table
+from fastvq.candidates import even_pieces, joined
 from fastvq.packed import LARGEST_NORM, error_constant
 from fastvq.products import product, product_values
 from fastvq.settle import settle
 
-# Up to so many codes, and up to so many tokens or scores (4 MiB) among more codes.
-MOST_CODES = 2048
+# Up to so many tokens or scores (4 MiB) among more codes.
 FEW_TOKENS = 16
 FEW_SCORES = 1 << 20
 # Tokens are searched in blocks of so many, of which few numbers are kept.
@@ -33,9 +31,6 @@ _MOST_SEVERAL, _FEW_SEVERAL = 1 / 4, 16
 _LEAST_NORM = 2.0**-40
 # Codes in a row of the table: over other numbers than these the maxima take longer.
 _COLUMNS = 64
-# What each code, row or column that reaches the limit adds to a sum, beside its number: the sum tells whether there is
-# another, and if not, which it is. Exact in float32 up to four of them.
-_ONE = 2.0**22
 
 
 class _Codes(NamedTuple):
@@ -47,11 +42,16 @@ class _Codes(NamedTuple):
         """``[n, K']`` for tokens ``[n, D]``."""
         return product(tokens, self.rows, self.bias)
 
+    @property
+    def table(self) -> tuple[int, int]:
+        """Its rows and columns."""
+        return len(self.rows) // _COLUMNS, _COLUMNS
+
 
 def fits(x: Tensor, codebook: Tensor) -> bool:
     """Whether ``x [N, D]`` and ``codebook [K, D]`` are a problem for :func:`search`."""
     n, n_codes = len(x), len(codebook)
-    few = n_codes <= MOST_CODES or n * n_codes <= FEW_SCORES or (n <= FEW_TOKENS and n_codes <= _ONE)
+    few = n_codes <= table.MOST_CODES or n * n_codes <= FEW_SCORES or (n <= FEW_TOKENS and n_codes <= table.ONE)
     return few and torch.float64 not in (x.dtype, codebook.dtype)
 
 
@@ -73,25 +73,29 @@ def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
         margin = _margin(tokens, codes.largest, metric)
         if math.isnan(margin):
             break
-        sums, limits, compared = _sums(tokens, codes, margin, step)
-        indices[end : end + len(tokens)] = sums
-        if float(sums.amax()) >= _ONE:
-            several = (sums >= _ONE).nonzero()[:, 0]
+        one_by_one = len(tokens) <= step
+        kept = codes.scores(tokens) if one_by_one else table.maxima(codes.scores, tokens, *codes.table, step)
+        limits = kept.amax(1).sub_(margin)
+        reaches = kept.ge_(limits[:, None])
+        numbers = table.only(reaches) if one_by_one else table.crossing(reaches, *codes.table)
+        indices[end : end + len(tokens)] = numbers
+        if float(numbers.amax()) >= table.ONE:
+            several = (numbers >= table.ONE).nonzero()[:, 0]
             if len(several) > _MOST_SEVERAL * len(tokens) + _FEW_SEVERAL:
                 break
-            for some in several.split(step):
-                if compared is None:
-                    reaches = codes.scores(tokens.index_select(0, some)).ge_(limits.index_select(0, some))
-                else:
-                    reaches = compared.index_select(0, some)
-                many = reaches.sum(1) > MOST
-                left.append(some[many].add_(end))
-                at, candidates = places(reaches.masked_fill_(many[:, None], 0))
-                pairs.append((some.index_select(0, at).add_(end), candidates))
+            if one_by_one:
+                rows, candidates, crowded = table.named(reaches.index_select(0, several))
+                owners, crowded = several.index_select(0, rows), several.index_select(0, crowded)
+            else:
+                owners, candidates, crowded = table.reaching(codes.scores, tokens, limits, several, step)
+            pairs.append((owners.add_(end), candidates))
+            left.append(crowded.add_(end))
         end += len(tokens)
     if pairs:
         settle(x, codebook, *joined(pairs), metric, out=indices)
-    return indices, torch.cat([*left, torch.arange(end, n, device=x.device)])
+    if end < n:
+        left.append(torch.arange(end, n, device=x.device))
+    return indices, torch.cat(left) if left else indices[:0]
 
 
 def _codes(codebook: Tensor, metric: str, fill: bool) -> _Codes:
@@ -127,36 +131,3 @@ def _margin(tokens: Tensor, b: float, metric: str) -> float:
         return math.nan
     h, oracle = (0.5 * b * b, 4 * (dim + 4) * 2.0**-53 * a * a) if metric == "euclidean" else (0.0, 0.0)
     return 2 * error_constant(dim) * (a * b + h) + (dim + 16) * 2.0**-126 * (1 + a + b) + oracle
-
-
-def _sums(tokens: Tensor, codes: _Codes, margin: float, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For tokens ``[n, D]`` the number of the code that can win, or at least _ONE where several can.
-
-    And the limits of the scores ``[n, 1]``, and which reach them, ``[n, K']``, where these were compared one by one.
-    """
-    if len(tokens) <= step:
-        scores, numbers = codes.scores(tokens), torch.arange(len(codes.rows), dtype=torch.float32, device=tokens.device)
-        limits = scores.amax(1, keepdim=True).sub_(margin)
-        reaches = scores.ge_(limits)
-        return torch.mv(reaches, numbers.add_(_ONE)).sub_(_ONE), limits, reaches
-    maxima, numbers = _maxima(tokens, codes, step), _table_numbers(len(codes.rows), tokens.device)
-    limits = maxima.amax(1, keepdim=True).sub_(margin)
-    return torch.mv(maxima.ge_(limits), numbers.add_(_ONE)).sub_(2 * _ONE), limits, None
-
-
-def _maxima(tokens: Tensor, codes: _Codes, step: int) -> Tensor:
-    """The largest score of each row of the table, then of each column, ``[n, rows + columns]``."""
-    n_rows = len(codes.rows) // _COLUMNS
-    maxima = tokens.new_empty(len(tokens), n_rows + _COLUMNS)
-    for some, of_some in zip(tokens.split(step), maxima.split(step), strict=True):
-        scores = codes.scores(some).view(-1, n_rows, _COLUMNS)
-        torch.amax(scores, 2, out=of_some[:, :n_rows])
-        torch.amax(scores, 1, out=of_some[:, n_rows:])
-        del scores  # the next takes its place in the cache
-    return maxima
-
-
-def _table_numbers(n_codes: int, device: torch.device) -> Tensor:
-    """Of each row and column: that of a row and that of a column add up to the number of the code where they cross."""
-    rows = torch.arange(0, n_codes, _COLUMNS, dtype=torch.float32, device=device)
-    return torch.cat([rows, torch.arange(_COLUMNS, dtype=torch.float32, device=device)])

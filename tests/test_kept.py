@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import cpu, direct, kept, reference
+from fastvq import cpu, direct, kept, reference, table
 
 
 @pytest.fixture(autouse=True)
 def small_problems_pack_as_large_ones_do(monkeypatch):
-    monkeypatch.setattr(direct, "MOST_CODES", 0)
+    monkeypatch.setattr(table, "MOST_CODES", 0)
     monkeypatch.setattr(direct, "FEW_SCORES", 0)
 
 

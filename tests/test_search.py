@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import METRICS, problems
 
 import fastvq
-from fastvq import coarse, cpu, direct, groups, packed, products, reference, settle
+from fastvq import coarse, cpu, direct, groups, packed, products, reference, settle, table
 
 
 def set_product_values(patch, values):
@@ -16,18 +16,19 @@ def set_product_values(patch, values):
         patch.setitem(products._VALUES_PER_THREAD, units, values)
 
 
-@pytest.fixture(autouse=True, scope="module", params=["by size", "table", "groups", "coarse"])
+@pytest.fixture(autouse=True, scope="module", params=["by size", "direct", "table", "groups", "coarse"])
 def way(request):
-    """The way to search follows from the size of a problem; three quarters of the tests take that of larger ones.
+    """The way to search follows from the size of a problem; the other tests take that of larger ones.
 
-    Half of the ways multiply by oneDNN.
+    Some of the ways multiply by oneDNN.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_by_onednn", lambda: request.param in ("by size", "groups"))
+        patch.setattr(products, "_by_onednn", lambda: request.param in ("by size", "table", "groups"))
         for least in ("_FEWEST", "_LEAST_WORK"):
             patch.setattr(products, least, 1)
-        if request.param == "table":
-            patch.setattr(direct, "MOST_CODES", 1 << 20)
+        if request.param != "by size":
+            patch.setattr(table, "MOST_CODES", 1 << 20 if request.param in ("direct", "table") else 0)
+        if request.param == "direct":
             patch.setattr(direct, "_TOKENS_PER_BLOCK", 100)
             set_product_values(patch, 1 << 9)
         elif request.param != "by size":
@@ -106,7 +107,7 @@ def test_indices_equal_float64_with_and_without_packing(problem):
             set_product_values(patch, values)
             patch.setattr(direct, "_TOKENS_PER_BLOCK", 100)
             patch.setattr(direct, "_MOST_SEVERAL", several)
-            patch.setattr(direct, "MOST", most)
+            patch.setattr(table, "MOST", most)
             indices, left = direct.search(x.float(), codebook.float(), metric)
             assert torch.equal(cpu.nearest_code(x, codebook, metric), expected)
         known = torch.ones(len(x), dtype=torch.bool).index_fill_(0, left, False)
@@ -182,7 +183,7 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
             monkeypatch.setattr(module, "_TOKENS_PER_BLOCK", 3 * tokens)
         for way in (coarse, groups):
             monkeypatch.setattr(way, "_TOKENS_PER_PRODUCT", tokens)
-        for module in (direct, groups):
+        for module in (table, groups):
             monkeypatch.setattr(module, "MOST", most)
         monkeypatch.setattr(groups, "_RESCORED_VALUES", values)
         monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
