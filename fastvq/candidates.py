@@ -1,4 +1,4 @@
-"""What the ways to find the codes that can win have in common: :mod:`fastvq.direct`, `groups` and `coarse`."""
+"""What the ways to find the codes that can win have in common: :mod:`fastvq.table`, `groups` and `coarse`."""
 
 from __future__ import annotations
 
