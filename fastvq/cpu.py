@@ -5,7 +5,8 @@
    (:mod:`fastvq.groups`). That names groups, nearly always one; up to 2,048 codes, seen as a table, the largest bounds
    of rows and columns name codes (:mod:`fastvq.table`). Processors that multiply bfloat16 several times faster scan in
    it first (:mod:`fastvq.coarse`), which names more groups.
-2. *Rescore*, after groups: the product is made again, in float32, the codes of a group with all its tokens, and names codes.
+2. *Rescore*, after groups: the product is made again, in float32, the codes of a group with all its tokens, and names
+   codes.
 3. *Settle* (:mod:`fastvq.settle`): where more than one code remains, the oracle's own float64 arithmetic decides; a
    token with very many candidates (duplicate codes, a collapsed codebook) is searched again among the distinct codes.
 
