@@ -37,13 +37,13 @@ def choose_backend(device: torch.device, backend: str = "auto") -> tuple[str, st
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend in ("torch", "reference"):
         return backend, "asked for by name"
+    if backend == "auto" and device.type == "cpu":
+        return "torch", "the blocked PyTorch path is the fast one on a CPU"
     obstacle = _obstacle_to_triton(device)
     if backend == "triton":
         if obstacle:
             raise ValueError(f"backend 'triton' cannot run here: {obstacle}")
         return "triton", "asked for by name"
-    if device.type == "cpu":
-        return "torch", "the blocked PyTorch path is the fast one on a CPU"
     if obstacle:
         return "torch", obstacle
     return "triton", f"tensors are on {device.type} and Triton {_triton_version()} is installed"
@@ -85,16 +85,16 @@ def _triton_version() -> str:
 def search(x: Tensor, codebook: Tensor, metric: str, backend: str, kept: KeptCodebook | None = None) -> Tensor:
     """``nearest_code`` of the chosen backend on ``[N, D]`` with ``[K, D]``, or ``[H, N, D]`` with ``[H, K, D]``.
 
-    ``kept`` remembers the packed codebook of one head.
+    Neither may need a gradient. ``kept`` remembers the packed codebook of one head.
     """
     name = choose_backend(x.device, backend)[0]
     if name == "triton":
         from fastvq_kernels import search as kernels
         from fastvq_kernels.pack import pack_codebook
 
-        with torch.no_grad(), on_device_of(x):
+        with on_device_of(x):
             return kernels.nearest_code(x, codebook, metric, kept.keeping(pack_codebook) if kept else pack_codebook)
-    with torch.no_grad(), full_precision(x.device):
+    with full_precision(x.device):
         if name == "torch" and kept:
             return cpu.nearest_code(x, codebook, metric, kept.keeping(cpu.prepare))
         nearest_code = cpu.nearest_code if name == "torch" else reference.nearest_code

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvq import table
 from fastvq.candidates import even_pieces, joined
-from fastvq.packed import LARGEST_NORM, error_constant
+from fastvq.packed import LARGEST_NORM, error_constant, norm_room
 from fastvq.products import product, product_values
 from fastvq.settle import settle
 
@@ -65,7 +65,8 @@ def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     n = len(x)
     indices = torch.empty(n, dtype=torch.int64, device=x.device)
     step = even_pieces(n, product_values() // len(codebook))
-    codes = _codes(codebook, metric, fill=n > step)
+    one_by_one = n <= step
+    codes = _codes(codebook, metric, fill=not one_by_one)
     pairs, left, end = [], [], 0
     while end < n:
         # The first block is one product, and tells.
@@ -73,10 +74,9 @@ def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
         margin = _margin(tokens, codes.largest, metric)
         if math.isnan(margin):
             break
-        one_by_one = len(tokens) <= step
         kept = codes.scores(tokens) if one_by_one else table.maxima(codes.scores, tokens, *codes.table, step)
-        limits = kept.amax(1).sub_(margin)
-        reaches = kept.ge_(limits[:, None])
+        limits = kept.amax(1, keepdim=True).sub_(margin)
+        reaches = kept.ge_(limits)
         numbers = table.only(reaches) if one_by_one else table.crossing(reaches, *codes.table)
         indices[end : end + len(tokens)] = numbers
         if float(numbers.amax()) >= table.ONE:
@@ -106,7 +106,7 @@ def _codes(codebook: Tensor, metric: str, fill: bool) -> _Codes:
     """
     rows, bias = codebook.float(), None
     norms = torch.linalg.vector_norm(rows, dim=1)
-    largest = float(norms.amax()) + 2.0**-62 * rows.shape[1] ** 0.5
+    largest = float(norms.amax()) + norm_room(rows.shape[1])
     if metric == "euclidean":
         bias = norms.square_().mul_(-0.5)
     elif metric == "cosine":
@@ -126,7 +126,7 @@ def _margin(tokens: Tensor, b: float, metric: str) -> float:
     subnormal, and be taken for 0.
     """
     dim = tokens.shape[1]
-    a = float(torch.linalg.vector_norm(tokens, dim=1).amax()) + 2.0**-62 * dim**0.5
+    a = float(torch.linalg.vector_norm(tokens, dim=1).amax()) + norm_room(dim)
     if not (a < LARGEST_NORM and b < LARGEST_NORM):  # nor NaN
         return math.nan
     h, oracle = (0.5 * b * b, 4 * (dim + 4) * 2.0**-53 * a * a) if metric == "euclidean" else (0.0, 0.0)

@@ -47,6 +47,11 @@ def error_constant(dim: int) -> float:
     return nu / (1 - nu)
 
 
+def norm_room(dim: int) -> float:
+    """What a float32 norm gets on top: squares of small coordinates vanish."""
+    return 2.0**-62 * dim**0.5
+
+
 def frame_of(codebook: Tensor, metric: str, top: float) -> Frame:
     """The frame of finite codes ``[K, D]`` whose largest magnitude is ``top``."""
     n_codes, dim = codebook.shape
@@ -94,7 +99,7 @@ def _pack_groups(codes: Tensor, frame: Frame, out: Tensor, largest: Tensor) -> N
     _scale(codes, frame, out=filled[:, :dim])
     b = torch.linalg.vector_norm(rows[:, :dim], dim=1)
     h = 0.5 * b.square() if frame.metric == "euclidean" else torch.zeros_like(b)
-    b += 2.0**-62 * dim**0.5
+    b += norm_room(dim)
     filled[:, dim] = -(1 - error_constant(dim)) * h[: len(codes)]
     rows[:, dim + 1] = b
     largest[:, :2] = torch.stack([b, h], 1).view(-1, group, 2).amax(1)
@@ -121,7 +126,7 @@ def pack_tokens(x: Tensor, frame: Frame, out: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         largest = x.abs().amax(1, keepdim=True)
         torch.div(x, largest.masked_fill_(largest == 0, 1.0), out=out[:, :dim])
-    a = torch.linalg.vector_norm(out[:, :dim], dim=1).add_(2.0**-62 * dim**0.5)
+    a = torch.linalg.vector_norm(out[:, :dim], dim=1).add_(norm_room(dim))
     # A bound of NaN reaches nothing, so that the token has no candidates.
     a.masked_fill_(~(a < LARGEST_NORM), torch.nan)
     out[:, dim], out[:, dim + 1] = 1.0, c * a

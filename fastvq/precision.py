@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Float32 matrix products of PyTorch are float32 inside, whatever autocast or the caller's settings say.
 
     The error bounds of the search hold for float32 products only, and TF32 or bfloat16 may replace them, on the CPU as
@@ -20,12 +19,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     products = backend.matmul
     before = products.fp32_precision
-    reduced = before not in ("none", "ieee")
-    if reduced:
-        products.fp32_precision = "ieee"
+    if before in ("none", "ieee") and not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return _raised(device, products, before)
+
+
+@contextmanager
+def _raised(device: torch.device, products: Any, before: str) -> Iterator[None]:
+    products.fp32_precision = "ieee"
     try:
-        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if reduced:
-            products.fp32_precision = before
+        products.fp32_precision = before

@@ -11,10 +11,13 @@ from torch import Tensor
 _VALUES_PER_THREAD = {None: 1 << 18, "AMX": 1 << 18, "AVX-512 BF16": 1 << 19}
 # oneDNN compiles a product of a new size first, which takes half a millisecond: few sizes, whatever the tokens.
 _MULTIPLE = 16
-# Of fewer multiplications, or rows, it takes longer than ``torch.mm``: 15 us against 5 with 16 x 256 x 32, 35 each with
-# 32 x 1,024 x 64, 13 ms against 2 with 1 x 262,144 x 8.
+# Of fewer multiplications, or rows, it takes longer than MKL: 35 us each with 32 x 1,024 x 64, 15 us against 5 with
+# 16 x 256 x 32, 13 ms against 2 with 1 x 262,144 x 8.
 _LEAST_WORK = 1 << 21
-_FEWEST = 16
+_FEWEST = 9
+# So few rows MKL multiplies on one thread, unless it is given a product for each. From so many multiplications on that
+# takes less time: 0.17 ms instead of 0.7 with 1 x 65,536 x 64; with 1 x 1,024 x 128 10 us instead of 9.
+_LEAST_PARALLEL = 1 << 18
 
 
 def bfloat16_units() -> str | None:
@@ -32,22 +35,37 @@ def product_values() -> int:
     return _VALUES_PER_THREAD[bfloat16_units()] * torch.get_num_threads()
 
 
-def _by_onednn() -> bool:
-    """Whether oneDNN multiplies float32 faster than ``torch.mm``.
+def _mkl_is_slow() -> bool:
+    """Whether MKL, which ``torch.mm`` calls, uses half the width of the vectors and multiplies few rows on one thread.
 
-    That calls MKL, which uses half the width of the vectors where the processor is not Intel's, as are nearly all that
-    multiply bfloat16 without AMX.
+    It does where the processor is not Intel's, as are nearly all that multiply bfloat16 without AMX.
     """
-    return bfloat16_units() == "AVX-512 BF16" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bfloat16_units() == "AVX-512 BF16"
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a bᵀ + bias`` in float32, ``[m, n]``, for ``a [m, D]``, ``b [n, D]`` and ``bias [n]``."""
-    large = min(len(a), len(b)) >= _FEWEST and len(a) * b.numel() >= _LEAST_WORK
-    if not (large and a.is_cpu and _by_onednn()):
+    work = len(a) * b.numel()
+    if work < _LEAST_PARALLEL or not (a.is_cpu and _mkl_is_slow()):
+        return F.linear(a, b, bias)
+    if len(a) < _FEWEST:
+        return _in_parallel(a, b, bias)
+    if work < _LEAST_WORK or len(b) < _FEWEST or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return F.linear(a, b, bias)
     operands = _padded(a), _padded(b), bias if bias is None else _padded(bias)
     return torch.ops.mkldnn._linear_pointwise(*operands, "none", [], "")[: len(a), : len(b)]
+
+
+def _in_parallel(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`product` for few rows ``a``, every thread with its part of ``b``."""
+    threads, (n, dim) = torch.get_num_threads(), b.shape
+    if more := n % threads:
+        biases = (None, None) if bias is None else (bias[:-more], bias[-more:])
+        return torch.cat([_in_parallel(a, b[:-more], biases[0]), F.linear(a, b[-more:], biases[1])], 1)
+    rows = n // threads
+    parts = a.expand(threads, -1, -1), b.view(threads, rows, dim).mT
+    products = torch.bmm(*parts) if bias is None else torch.baddbmm(bias.view(threads, 1, rows), *parts)
+    return products.transpose(0, 1).reshape(len(a), n)
 
 
 def _padded(rows: Tensor) -> Tensor:

@@ -40,10 +40,11 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
 
     kept = maxima(scores, tokens, n_rows, n_columns, step)
     raise_lower(lower, kept[:, :n_rows].t(), packed, to_lower)
-    numbers = crossing(kept.ge_(lower[:, None]), n_rows, n_columns)
+    limits = lower[:, None]
+    numbers = crossing(kept.ge_(limits), n_rows, n_columns)
     several = (numbers >= ONE).nonzero()[:, 0]
     indices = numbers.masked_fill_((numbers < 0) | (numbers >= ONE), -1).long()
-    return Candidates(indices, *reaching(scores, tokens, lower, several, step))
+    return Candidates(indices, *reaching(scores, tokens, limits, several, step))
 
 
 def maxima(scores: Scores, tokens: Tensor, n_rows: int, n_columns: int, step: int) -> Tensor:
@@ -76,14 +77,14 @@ def crossing(reaches: Tensor, n_rows: int, n_columns: int) -> Tensor:
 def reaching(
     scores: Scores, tokens: Tensor, limits: Tensor, several: Tensor, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tokens ``several``, rows of ``tokens [n, D]``, the codes whose scores reach their ``limits [n]``.
+    """Of the tokens ``several``, rows of ``tokens [n, D]``, the codes whose scores reach their ``limits [n, 1]``.
 
     Returns:
         Token and code of each, and the tokens that are left out because too many do.
     """
     pairs, crowded = [(several[:0], several[:0])], [several[:0]]
     for some in several.split(step):
-        reaches = scores(tokens.index_select(0, some)).ge_(limits.index_select(0, some)[:, None])
+        reaches = scores(tokens.index_select(0, some)).ge_(limits.index_select(0, some))
         pair = named(reaches)
         pairs.append((some.index_select(0, pair[0]), pair[1]))
         crowded.append(some.index_select(0, pair[2]))

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from multiplying import set_product_values
 from strategies import METRICS
 
-from fastvq import cpu, direct, products, reference, table
+from fastvq import cpu, direct, reference, table
 
 
 @pytest.fixture(params=[1 << 9, 1 << 18], ids=["table", "one by one"], autouse=True)
 def product_values(request, monkeypatch):
-    for units in products._VALUES_PER_THREAD:
-        monkeypatch.setitem(products._VALUES_PER_THREAD, units, request.param)
+    set_product_values(monkeypatch, request.param)
     monkeypatch.setattr(direct, "_TOKENS_PER_BLOCK", 200)
 
 

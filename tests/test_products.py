@@ -4,19 +4,18 @@ import itertools
 
 import pytest
 import torch
+from multiplying import WAYS, multiply_by
 
 from fastvq import products
 from fastvq.packed import error_constant
 
 
-@pytest.fixture(params=[False, True], ids=["mm", "oneDNN"])
-def by_onednn(request, monkeypatch):
-    if request.param and not torch.backends.mkldnn.is_available():
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch is built without oneDNN")
-    monkeypatch.setattr(products, "_by_onednn", lambda: request.param)
-    for least in ("_FEWEST", "_LEAST_WORK"):
-        monkeypatch.setattr(products, least, 1)
-    return request.param
+    multiply_by(monkeypatch, request.param)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # of which each gets a part
 
 
 def views(n, dim):
@@ -32,8 +31,11 @@ def views(n, dim):
     )
 
 
-@pytest.mark.parametrize(("m", "n", "dim"), [(1, 1, 1), (64, 100, 5), (200, 64, 1), (300, 1000, 33), (96, 70, 700)])
-def test_product_is_that_of_float64_whatever_the_strides(by_onednn, m, n, dim):
+@pytest.mark.parametrize(
+    ("m", "n", "dim"),
+    [(1, 1, 1), (1, 999, 64), (8, 1000, 16), (64, 100, 5), (200, 64, 1), (300, 1000, 33), (96, 70, 700)],
+)
+def test_product_is_that_of_float64_whatever_the_strides(way, m, n, dim):
     for a, b, bias in itertools.product(views(m, dim), views(n, dim), (None, torch.randn(2 * n)[::2])):
         exact = a.double() @ b.double().t()
         magnitudes = a.double().abs() @ b.double().abs().t()
@@ -43,7 +45,7 @@ def test_product_is_that_of_float64_whatever_the_strides(by_onednn, m, n, dim):
         assert ((computed - exact).abs() <= error_constant(dim) * magnitudes).all()
 
 
-def test_product_keeps_what_is_not_finite_and_what_is_subnormal(by_onednn):
+def test_product_keeps_what_is_not_finite_and_what_is_subnormal(way):
     a, b = torch.ones(80, 4), torch.eye(4).repeat(20, 1)
     a[0], a[1, 0], a[2] = torch.nan, torch.inf, 2.0**-140
     computed = products.product(a, b)
@@ -56,7 +58,7 @@ def test_onednn_multiplies_few_sizes():
     assert {len(products._padded(torch.empty(n, 2))) for n in range(1, 1001)} == set(range(16, 1009, 16))
 
 
-def test_onednn_multiplies_where_mkl_uses_half_of_the_vector(monkeypatch):
-    for units, by_onednn in (("AVX-512 BF16", torch.backends.mkldnn.is_available()), ("AMX", False), (None, False)):
+def test_mkl_is_slow_where_it_uses_half_of_the_vector(monkeypatch):
+    for units, slow in (("AVX-512 BF16", True), ("AMX", False), (None, False)):
         monkeypatch.setattr(products, "bfloat16_units", lambda units=units: units)
-        assert products._by_onednn() == by_onednn
+        assert products._mkl_is_slow() == slow

@@ -4,38 +4,36 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from multiplying import multiply_by, set_product_values
 from strategies import METRICS, problems
 
 import fastvq
-from fastvq import coarse, cpu, direct, groups, packed, products, reference, settle, table
+from fastvq import coarse, cpu, direct, groups, packed, reference, settle, table
+
+ALWAYS, NEVER = (lambda *size: True), (lambda *size: False)
+MANY, NONE = 1 << 20, 0
+# What each way to search a problem, which follows from its size, takes the place of; and how it multiplies.
+WAYS = {
+    "by size": ("oneDNN", {}),
+    "direct": ("MKL in parallel", {(table, "MOST_CODES"): MANY, (direct, "_TOKENS_PER_BLOCK"): 100}),
+    "table": ("oneDNN", {(table, "MOST_CODES"): MANY, (direct, "fits"): NEVER}),
+    "groups": ("oneDNN", {(table, "MOST_CODES"): NONE, (direct, "fits"): NEVER}),
+    "coarse": ("MKL", {(table, "MOST_CODES"): NONE, (direct, "fits"): NEVER, (coarse, "_FEWEST_RESCORED"): 2}),
+}
 
 
-def set_product_values(patch, values):
-    """Of a product, for every thread."""
-    for units in products._VALUES_PER_THREAD:
-        patch.setitem(products._VALUES_PER_THREAD, units, values)
-
-
-@pytest.fixture(autouse=True, scope="module", params=["by size", "direct", "table", "groups", "coarse"])
+@pytest.fixture(autouse=True, scope="module", params=WAYS)
 def way(request):
-    """The way to search follows from the size of a problem; the other tests take that of larger ones.
-
-    Some of the ways multiply by oneDNN.
-    """
+    """Small problems are searched in the ways of larger ones as well."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_by_onednn", lambda: request.param in ("by size", "table", "groups"))
-        for least in ("_FEWEST", "_LEAST_WORK"):
-            patch.setattr(products, least, 1)
+        multiplying, values = WAYS[request.param]
+        multiply_by(patch, multiplying)
+        for (module, name), value in values.items():
+            patch.setattr(module, name, value)
         if request.param != "by size":
-            patch.setattr(table, "MOST_CODES", 1 << 20 if request.param in ("direct", "table") else 0)
+            patch.setattr(coarse, "pays", ALWAYS if request.param == "coarse" else NEVER)
         if request.param == "direct":
-            patch.setattr(direct, "_TOKENS_PER_BLOCK", 100)
             set_product_values(patch, 1 << 9)
-        elif request.param != "by size":
-            patch.setattr(direct, "fits", lambda *problem: False)
-        if request.param != "by size":
-            patch.setattr(coarse, "pays", lambda *size: request.param == "coarse")
-            patch.setattr(coarse, "_FEWEST_RESCORED", 2)
         yield
 
 
