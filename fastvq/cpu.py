@@ -61,8 +61,8 @@ _MOST_PART_VALUES = 1 << 23
 _TOKENS_PER_BLOCK = 8192
 _VALUES_PER_BLOCK = 1 << 21
 # The C library gives what is freed back to the system, unless larger blocks have come and gone before, like this one,
-# which nobody touches. Pages that came anew with each search were a fifth of its time.
-torch.empty(1 << 24, dtype=torch.uint8, device="cpu")
+# nearly the largest that counts, which nobody touches. Pages that came anew with each search were a fifth of its time.
+torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 class Prepared(NamedTuple):
@@ -104,7 +104,7 @@ def nearest_code(
 
     Memory beyond a few numbers per token does not grow with N, nor with K unless the packed codebook is kept: a part of
     it, of 4 MiB up to 64 dimensions and of at most 32, half as much again where it is scanned in bfloat16, some 10 MiB
-    for a block of tokens, and 1 or 2 per thread.
+    for a block of tokens, and 1 to 4 per thread.
 
     Args:
         x: tokens ``[N, D]``, any floating dtype.
