@@ -144,19 +144,11 @@ def search_kernels(
         refined = {**chunk, **two, **left, **float32, **errors}
         registers = {} if target == "gfx942" else ALL_REGISTERS
         yield dim, _compile(refine.refine_kernel, target, refined, 4, options=registers)
-        yield (
-            dim,
-            _compile(
-                decide.decide_kernel,
-                target,
-                {"BT": decide.TOKENS, "CANDIDATES": CANDIDATES, "METRIC": metric},
-                4,
-                options=unfused,
-            ),
-        )
+        options = unfused | registers
+        few = {"BT": decide.TOKENS, "CANDIDATES": CANDIDATES, "METRIC": metric}
+        yield dim, _compile(decide.decide_kernel, target, few, 4, options=options)
         shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES, "METRIC": metric, "BN": config.block_n}
         constexprs = {"BK": settle.BLOCK_K, **chunk, **shares, **layout, **float32, **errors}
-        options = unfused | registers
         yield dim, _compile(settle.settle_kernel, target, constexprs, 4, types={"values": "*fp64"}, options=options)
     shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES}
     yield 0, _compile(settle.merge_kernel, target, shares, 1, types={"values": "*fp64"})

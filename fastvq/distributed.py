@@ -40,10 +40,11 @@ def start_sums(tensors: tuple[Tensor, ...], sync: bool = True) -> Callable[[], t
         return lambda: tensors
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     # A compiler traces the synchronous call and orders the wait itself.
-    work = dist.all_reduce(flat, async_op=not torch.compiler.is_compiling())
+    is_asynchronous = not torch.compiler.is_compiling()
+    work = dist.all_reduce(flat, async_op=is_asynchronous)
 
     def finish() -> tuple[Tensor, ...]:
-        if work is not None:
+        if is_asynchronous:
             work.wait()
         parts = flat.split([tensor.numel() for tensor in tensors])
         return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))

@@ -40,7 +40,9 @@ class StraightThrough(torch.autograd.Function):
         precise = torch.promote_types(x.dtype, torch.float32)
         residual = torch.where(found, x.to(precise) - codes.to(precise), 0)
         scale = weight / (found.sum() * x.shape[-1]).clamp(min=1).to(precise)
-        quantized = torch.where(found, codes, torch.nan).to(x.dtype)
+        # Compiled by PyTorch 2.11, an output without x in it would pass no gradient.
+        nothing = x * torch.nan if torch.compiler.is_compiling() else torch.nan
+        quantized = torch.where(found, codes.to(x.dtype), nothing)
         if mask is not None:
             quantized = torch.where(mask[..., None], quantized, 0)
         # The scale stays outside: 2w/(n·D) would underflow in float16.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import multiprocessors
+from .configs import all_registers, multiprocessors
 from .exact import NO_CODE, exact_value
 from .open import CANDIDATES, Open
 from .pack import PackedCodebook
@@ -82,5 +82,6 @@ def decide(x: Tensor, packed: PackedCodebook, left: Open, candidates: Tensor, in
         indices, hard.tokens, hard.line,
         N, packed.codes.shape[1], D,
         BT=TOKENS, CANDIDATES=CANDIDATES, METRIC=packed.metric, enable_fp_fusion=False,
+        **all_registers(x.device),
     )  # fmt: skip
     return hard
