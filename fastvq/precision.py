@@ -21,11 +21,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     before = products.fp32_precision
     if before in ("none", "ieee") and not torch.is_autocast_enabled(device.type):
         return nullcontext()
-    return _raised(device, products, before)
+    return _in_float32(device, products, before)
 
 
 @contextmanager
-def _raised(device: torch.device, products: Any, before: str) -> Iterator[None]:
+def _in_float32(device: torch.device, products: Any, before: str) -> Iterator[None]:
     products.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):

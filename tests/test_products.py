@@ -33,7 +33,7 @@ def views(n, dim):
 
 @pytest.mark.parametrize(
     ("m", "n", "dim"),
-    [(1, 1, 1), (1, 999, 64), (8, 1000, 16), (64, 100, 5), (200, 64, 1), (300, 1000, 33), (96, 70, 700)],
+    [(1, 1, 1), (8, 2, 3), (1, 999, 64), (8, 1000, 16), (64, 100, 5), (200, 64, 1), (300, 1000, 33), (96, 70, 700)],
 )
 def test_product_is_that_of_float64_whatever_the_strides(way, m, n, dim):
     for a, b, bias in itertools.product(views(m, dim), views(n, dim), (None, torch.randn(2 * n)[::2])):
