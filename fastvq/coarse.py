@@ -44,9 +44,6 @@ _WORTH = {
     # 64, 0.6 with 8,192 x 4,096 x 128.
     "AVX-512 BF16": Worth(2048, 16, 5e8),
 }
-# Values of a product that each thread computes. They stay in the level-2 cache of a Xeon; on an EPYC larger and fewer
-# products take a twentieth less time up to 32 coordinates, and as long beyond.
-_VALUES_PER_THREAD = {None: 1 << 19, "AMX": 1 << 19, "AVX-512 BF16": 1 << 21}
 # Few enough that a product takes in many codes, many enough that its operands are read from memory rarely.
 _TOKENS_PER_PRODUCT = 512
 # A product of a new size is compiled first, which takes some milliseconds: few sizes, whatever the number of tokens.
@@ -129,7 +126,7 @@ def _maxima(tokens: Tensor, codes: Tensor) -> Tensor:
     n_groups, group, width = codes.shape
     n = len(tokens)
     tokens = F.pad(tokens, (0, 0, 0, -n % _MULTIPLE))
-    values = _VALUES_PER_THREAD[bfloat16_units()] * torch.get_num_threads()
+    values = product_values(torch.bfloat16)
     step = min(n_groups, max(1, values // (group * _TOKENS_PER_PRODUCT)))  # groups per product
     maxima = torch.empty(n_groups, len(tokens), dtype=torch.int16, device=tokens.device)
     buffer = torch.empty(step * group * _TOKENS_PER_PRODUCT, dtype=torch.bfloat16, device=tokens.device)

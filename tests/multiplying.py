@@ -1,6 +1,6 @@
 """Other ways to multiply than the one that this processor and the size of a product call for."""
 
-from fastvq import coarse, products
+from fastvq import products
 
 WAYS = ("MKL", "MKL in parallel", "oneDNN")
 _ALWAYS, _NEVER = 1, 1 << 60
@@ -16,6 +16,5 @@ def multiply_by(patch, way):
 
 def set_product_values(patch, values):
     """Of a product, for every thread."""
-    for values_per_thread in (products._VALUES_PER_THREAD, coarse._VALUES_PER_THREAD):
-        for units in values_per_thread:
-            patch.setitem(values_per_thread, units, values)
+    for dtype, bytes_per_thread in products._BYTES_PER_THREAD.items():
+        patch.setitem(products._BYTES_PER_THREAD, dtype, dict.fromkeys(bytes_per_thread, values * dtype.itemsize))
