@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq import distributed
-from fastvq.functional import check_floating, check_mask, code_statistics, nearest_code
+from fastvq.functional import check_count, check_floating, check_mask, code_statistics, nearest_code
 from fastvq.seeding import TokenBatches, draw_rows, pick_codes
 from fastvq.unit import unit, unit_or
 
@@ -84,9 +84,8 @@ def kmeans(
     for name, value, choices in (("metric", metric, ("euclidean", "cosine")), ("init", init, ("k-means++", "random"))):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    for name, number, least in (("n_codes", n_codes, 1), ("max_iterations", max_iterations, 0)):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+    check_count("n_codes", n_codes, 1)
+    check_count("max_iterations", max_iterations, 0)
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
 
@@ -122,10 +121,10 @@ class Batches:
         mask: Tensor | None,
         prepare: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
     ) -> None:
-        if isinstance(x, Iterator):
+        if isinstance(x, Iterator) or not isinstance(x, (Tensor, Iterable)):
             raise TypeError(
-                f"x must be a tensor or an iterable that can be read more than once (a list, a DataLoader), got the "
-                f"iterator {type(x).__name__}"
+                f"x must be a tensor or an iterable that can be read more than once (a list, a DataLoader), got "
+                f"{'the iterator ' if isinstance(x, Iterator) else ''}{type(x).__name__}"
             )
         if mask is not None and not isinstance(x, Tensor):
             raise ValueError("mask must be None where x is an iterable of batches; select the real tokens of each")
@@ -134,10 +133,14 @@ class Batches:
         self._prepare = prepare
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batch = None
+        dim = None
         for batch in self._batches:
-            yield self._prepare(batch, self._mask)
-        if batch is None:
+            tokens, real = self._prepare(batch, self._mask)
+            if tokens.shape[1] != (dim or tokens.shape[1]):
+                raise ValueError(f"x must hold batches of one dimension, got {dim} and {tokens.shape[1]}")
+            dim = tokens.shape[1]
+            yield tokens, real
+        if dim is None:
             raise ValueError("x must hold at least one batch, got none")
 
 

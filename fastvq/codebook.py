@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from fastvq import ops, restart
+from fastvq.backends import BACKENDS
 from fastvq.clustering import Batches, cluster, flatten
 from fastvq.collect import Seen, Update, collect
-from fastvq.functional import check_floating, check_mask, pass_through, search_codes
+from fastvq.functional import check_count, check_floating, check_mask, pass_through, search_codes
 from fastvq.kept import KeptCodebook
 from fastvq.layout import as_given, tokens_last
 from fastvq.reference import Quantized
 from fastvq.seeding import TokenBatches
-from fastvq.state import CodebookState, may_read
+from fastvq.state import CodebookState
+from fastvq.tracing import may_read
 from fastvq.unit import unit, unit_or
 
 _INITS = ("first_batch", "kmeans")
@@ -44,7 +46,8 @@ class EMACodebook(CodebookState):
     LlamaGen's quantizer and of lucidrains' ``use_cosine_sim``).
 
     State (buffers, the keys of the original classes, always float32): ``embeddings [K, D]``, ``N [K]``,
-    ``z_avg [K, D]``. The first training batch that holds a token initialises them, unless a state was loaded.
+    ``z_avg [K, D]``. The first training batch that holds a token initialises them, unless a state was loaded; when
+    compiled, the first batch has to hold one.
 
     Many processes: every rank holds the same state, bit for bit. A step costs one all-reduce of ``[K, D + 1]``, and
     with random restart one of ``[K]`` and one of ``[K, D]``; a rank may have no tokens. Every rank has to load a
@@ -74,7 +77,9 @@ class EMACodebook(CodebookState):
         freeze_codebook: True stops initialisation and updates in training as well, and promises that the codes stay.
 
     Raises:
-        ValueError: a size is not positive, ``ema_decay`` is outside [0, 1), or ``init`` or ``metric`` is unknown.
+        TypeError: a size is not an integer.
+        ValueError: a size is not positive, ``ema_decay`` is outside [0, 1), a threshold is negative, or ``init``,
+            ``metric`` or ``backend`` is unknown.
     """
 
     def __init__(
@@ -96,12 +101,20 @@ class EMACodebook(CodebookState):
         backend: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
-        for name, size in (("n_codes", n_codes), ("embedding_dim", embedding_dim)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_count("n_codes", n_codes, 1)
+        check_count("embedding_dim", embedding_dim, 1)
+        check_count("kmeans_iterations", kmeans_iterations, 0)
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        for name, value, choices in (("init", init, _INITS), ("metric", metric, _METRICS)):
+        thresholds = {"restart_thres": restart_thres, "restart_threshold_relative": restart_threshold_relative}
+        for name, threshold in thresholds.items():
+            if threshold is not None and not threshold >= 0:
+                raise ValueError(f"{name} must be at least 0, got {threshold}")
+        for name, value, choices in (
+            ("init", init, _INITS),
+            ("metric", metric, _METRICS),
+            ("backend", backend, BACKENDS),
+        ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         codes = torch.randn(n_codes, embedding_dim, dtype=torch.float32, device=device)
@@ -146,7 +159,8 @@ class EMACodebook(CodebookState):
         kept = None if learns or (z.is_cuda and not self.freeze_codebook) else self._kept
         indices = search_codes(tokens, self.embeddings, self.metric, mask, self.backend, kept)
         if self.metric == "cosine":
-            tokens = unit(tokens)
+            # What padding holds would turn its gradient into NaN.
+            tokens = unit(tokens if mask is None else torch.where(mask[..., None], tokens, 0))
         update = self._start_update(tokens, indices) if learns else None
         quantized, loss = pass_through(tokens, self.embeddings, indices, mask, self.commitment_weight)
         if update is not None:
@@ -159,11 +173,16 @@ class EMACodebook(CodebookState):
 
         The result is that of one step on all batches together, as ``no_sync()`` of DistributedDataParallel gives it
         for gradients, and no process waits for another inside. Initialisation does not wait: it takes the first batch.
-        What was collected is no part of the state dict.
+        What was collected is no part of the state dict. It is dropped by a new codebook (:meth:`initialize`,
+        ``load_state_dict``), and that of the steps inside by an exception that leaves the block.
         """
-        before, self._accumulates = self._accumulates, True
+        before, pending = self._accumulates, self._pending
+        self._accumulates = True
         try:
             yield
+        except BaseException:
+            self._pending = pending
+            raise
         finally:
             self._accumulates = before
 
@@ -203,6 +222,10 @@ class EMACodebook(CodebookState):
         else:
             self._learn_codes([self._candidates(z, mask)])
 
+    def _set_codes(self, codes: Tensor) -> None:
+        super()._set_codes(codes)
+        self._pending = None  # the tokens of other codes
+
     def _learn_codes(self, batches: TokenBatches) -> bool:
         """Whether there was a token to learn from."""
         if self.init == "kmeans":
@@ -241,7 +264,7 @@ class EMACodebook(CodebookState):
             resets=self.restart_resets_statistics,
         )
         if before is not None:
-            self.embeddings.copy_(unit_or(self.embeddings, before))
+            self.embeddings.copy_(torch.where(self.N.sum() > 0, unit_or(self.embeddings, before), before))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Modules pickled by earlier versions lack what was added later: it gets its default."""
@@ -249,6 +272,10 @@ class EMACodebook(CodebookState):
         defaults = {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
         del defaults["device"]
         super().__setstate__({**defaults, "_accumulates": False, "_pending": None, "_kept": KeptCodebook(), **state})
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._pending = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
         self._pending = None  # statistics that were being collected do not move

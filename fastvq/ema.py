@@ -34,7 +34,9 @@ def ema_step(
 
         N_k ← γ N_k + (1 - γ) counts_k
         z_k ← γ z_k + (1 - γ) sums_k
-        E_k ← z_k / ((N_k + ε) / (S + K ε) · S),  unchanged where S = 0
+        E_k ← z_k / ((N_k + ε) / (S + K ε) · S)
+
+    Before any token was ever counted, ``S = 0``, codes and averages stay what they are.
 
     With ``rows``, and unless ``found`` is False, a code with ``N_k < restart_thres``, or with
     ``N_k < restart_thres_relative · S / K``, a share of the mean that does not depend on the size of a batch, then
@@ -74,8 +76,7 @@ def ema_step(
         pieces = [slice(first, first + step) for first in range(0, len(N), step)]
         for some in pieces:
             z, e = z_avg[some], embeddings[some]
-            z.mul_(decay).add_(sums[some] * (1 - decay))
-            # Before any token was ever counted there is nothing to divide by.
+            z.copy_(torch.where(total > 0, z * decay + sums[some] * (1 - decay), z))
             e.copy_(torch.where(total > 0, z / weights[some, None], e))
         if rows is None:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Literal, overload
 
 import torch
@@ -12,7 +13,8 @@ from fastvq import ops
 from fastvq.backends import METRICS, choose_backend
 from fastvq.kept import KeptCodebook
 from fastvq.reference import Quantized
-from fastvq.straight_through import StraightThrough
+from fastvq.straight_through import StraightThrough, commitment_loss
+from fastvq.tracing import is_traced
 
 # Distances are computed in pieces of this many float64 values (8 MiB).
 _DISTANCE_VALUES = 1 << 20
@@ -126,7 +128,8 @@ def code_statistics(
 
     Args:
         x: tokens ``[..., D]``, floating.
-        indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out.
+        indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out. On a GPU, where to look at values would
+            wait for the device, other numbers are left out too.
         n_codes: K ≥ 1.
         mask: bool ``[...]``, False is left out. Default: all.
         heads: ``x [H, ..., D]`` and ``indices [H, ...]`` belong to one codebook of K codes per head.
@@ -140,7 +143,7 @@ def code_statistics(
 
     Raises:
         TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
-        ValueError: shapes or devices do not match, or ``n_codes`` is not positive.
+        ValueError: shapes or devices do not match, ``n_codes`` is not positive, or ``indices`` leave their range.
     """
     check_floating("x", x)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
@@ -148,17 +151,17 @@ def code_statistics(
     if indices.shape != x.shape[:-1]:
         raise ValueError(f"indices must be {list(x.shape[:-1])} to match x, got {list(indices.shape)}")
     _check_same_device("indices", indices, x)
-    if n_codes < 1:
-        raise ValueError(f"n_codes must be at least 1, got {n_codes}")
+    check_count("n_codes", n_codes, 1)
     if heads and x.dim() < 2:
         raise ValueError(f"x must be [heads, ..., D] with heads, got {list(x.shape)}")
     check_mask(mask, x)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
+    _check_range(indices, n_codes)
     leading = x.shape[:1] if heads else ()
     if heads:
         first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
-        indices = torch.where(indices < 0, -1, indices + first)
+        indices = torch.where((indices < 0) | (indices >= n_codes), -1, indices + first)
     if deterministic is None and torch.are_deterministic_algorithms_enabled():
         deterministic = True
     flat = x.detach().reshape(-1, x.shape[-1])
@@ -204,7 +207,8 @@ def pass_through(
     x: Tensor, codebook: Tensor, indices: Tensor, mask: Tensor | None, commitment_weight: float
 ) -> tuple[Tensor, Tensor]:
     """``quantized`` and ``loss`` of :func:`quantize` for the ``indices`` found."""
-    return StraightThrough.apply(x, _gather(indices, codebook.detach()), indices, mask, commitment_weight)
+    codes = _gather(indices, codebook.detach())
+    return StraightThrough.apply(x, codes, indices, mask), commitment_loss(x, codes, indices, commitment_weight)
 
 
 def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
@@ -219,7 +223,8 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``indices`` is not int64 or int32, or ``codebook`` not floating.
-        ValueError: ``codebook`` has another rank, or the devices or the numbers of heads differ.
+        ValueError: ``codebook`` has another rank, the devices or the numbers of heads differ, or on the CPU
+            ``indices`` leave their range.
     """
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be an int64 or int32 tensor, got {_describe(indices)}")
@@ -227,6 +232,7 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
     _check_same_device("indices", indices, codebook)
     if codebook.dim() == 3 and indices.shape[:1] != codebook.shape[:1]:
         raise ValueError(f"indices must be [{len(codebook)}, ...] to match codebook, got {list(indices.shape)}")
+    _check_range(indices, codebook.shape[-2])
     return torch.where(indices[..., None] < 0, 0, _gather(indices, codebook))
 
 
@@ -267,6 +273,14 @@ def _expected_codebook(codebook: Tensor, dim: int) -> str:
     return f"[n_codes, {dim}]" if codebook.dim() == 2 else f"[heads, n_codes, {dim}]"
 
 
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises where ``value`` is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {_describe(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def check_floating(name: str, value: Tensor) -> None:
     """Raises where ``value`` is not a floating tensor ``[..., D]`` with D ≥ 1."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -278,6 +292,15 @@ def check_floating(name: str, value: Tensor) -> None:
 def _check_same_device(name: str, value: Tensor, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} must be on {other.device} like the other tensor, got {value.device}")
+
+
+def _check_range(indices: Tensor, n_codes: int) -> None:
+    """Raises where one is outside ``[-1, n_codes)``; another device than the CPU would have to be waited for."""
+    if indices.device.type != "cpu" or is_traced(indices) or indices.numel() == 0:
+        return
+    least, most = (int(end) for end in torch.aminmax(indices))
+    if least < -1 or most >= n_codes:
+        raise ValueError(f"indices must be in [-1, {n_codes}), got {least if least < -1 else most}")
 
 
 def check_mask(mask: Tensor | None, x: Tensor) -> None:

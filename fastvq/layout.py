@@ -15,11 +15,13 @@ def tokens_last(z: Tensor, dim: int, channel_first: bool) -> Tensor:
         channel_first: which of both.
 
     Raises:
-        TypeError: ``z`` is not a tensor.
+        TypeError: ``z`` is not a floating-point tensor.
         ValueError: ``z`` has another shape.
     """
-    if not isinstance(z, Tensor):
-        raise TypeError(f"z must be a tensor, got {type(z).__name__}")
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        raise TypeError(
+            f"z must be a floating-point tensor, got {z.dtype if isinstance(z, Tensor) else type(z).__name__}"
+        )
     if channel_first:
         if z.dim() < 2 or z.shape[1] != dim:
             raise ValueError(f"z must be [b, {dim}, ...] to match embedding_dim, got {list(z.shape)}")

@@ -14,6 +14,7 @@ from fastvq import ema
 from fastvq.backends import search
 from fastvq.kept import KeptCodebook
 from fastvq.statistics import statistics
+from fastvq.tracing import is_traced
 
 
 @torch.library.custom_op("fastvq::nearest_code", mutates_args=())
@@ -38,7 +39,7 @@ def _(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> t
     return x.new_empty(n_codes, dtype=torch.float32), x.new_empty(n_codes, x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastvq::ema_step", mutates_args=("embeddings", "N", "z_avg"))
+@torch.library.custom_op("fastvq::ema_step", mutates_args=())
 def ema_step_op(
     embeddings: Tensor,
     N: Tensor,
@@ -53,37 +54,43 @@ def ema_step_op(
     restart_thres_relative: float | None = None,
     resets: bool = False,
     smoothing: float = 1e-7,
-) -> None:
-    """:func:`fastvq.ema.ema_step`: moves ``embeddings [K, D]``, ``N [K]`` and ``z_avg [K, D]`` in place."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`fastvq.ema.ema_step` makes of ``embeddings [K, D]``, ``N [K]`` and ``z_avg [K, D]``.
+
+    It writes none of them: TorchInductor 2.13 moves what reads a tensor behind an operator that writes it, so that
+    the codes of the next step would be returned.
+    """
+    moved = embeddings.clone(), N.clone(), z_avg.clone()
     ema.ema_step(
-        embeddings, N, z_avg, counts, sums, rows, found, decay=decay, restart_thres=restart_thres,
+        *moved, counts, sums, rows, found, decay=decay, restart_thres=restart_thres,
         restart_thres_relative=restart_thres_relative, resets=resets, smoothing=smoothing,
     )  # fmt: skip
+    return moved
 
 
 @ema_step_op.register_fake
-def _(*args: Any, **options: Any) -> None:
-    return None
+def _(embeddings: Tensor, N: Tensor, z_avg: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(embeddings), torch.empty_like(N), torch.empty_like(z_avg)
 
 
 def nearest_code(x: Tensor, codebook: Tensor, metric: str, backend: str, kept: KeptCodebook | None = None) -> Tensor:
     """:func:`nearest_code_op`, called directly where nobody traces, and only there with a kept packed codebook."""
-    if _is_traced(x):
+    if is_traced(x):
         return nearest_code_op(x, codebook, metric, backend)
     return search(x, codebook, metric, backend, kept if type(codebook) is Tensor else None)
 
 
 def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
     """:func:`code_statistics_op`, called directly where nobody traces."""
-    run = code_statistics_op if _is_traced(x) else statistics
+    run = code_statistics_op if is_traced(x) else statistics
     return run(x, indices, n_codes, deterministic)
 
 
-def ema_step(embeddings: Tensor, *args: Tensor | None, **options: Any) -> None:
-    """:func:`ema_step_op`, called directly where nobody traces."""
-    run: Any = ema_step_op if _is_traced(embeddings) else ema.ema_step
-    run(embeddings, *args, **options)
-
-
-def _is_traced(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
+def ema_step(embeddings: Tensor, N: Tensor, z_avg: Tensor, *args: Any, **options: Any) -> None:
+    """:func:`fastvq.ema.ema_step`, through :func:`ema_step_op` where somebody traces."""
+    state = embeddings, N, z_avg
+    if is_traced(embeddings):
+        for tensor, moved in zip(state, ema_step_op(*state, *args, **options), strict=True):
+            tensor.copy_(moved)
+    else:
+        ema.ema_step(*state, *args, **options)

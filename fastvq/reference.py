@@ -1,6 +1,7 @@
 """The formulas in plain PyTorch: oracle, fallback and documentation of the fast path.
 
-Same names and signatures as :mod:`fastvq.functional`. Two searches live here:
+The search, statistics and quantization of :mod:`fastvq.functional`, without its checks; search and quantization for
+one codebook. Two searches live here:
 :func:`nearest_code` is the oracle that every backend must equal, and
 :func:`nearest_code_expanded` is the formula in common use that materialises a
 ``[n_tokens, n_codes]`` matrix, kept as the thing to compare with.
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,7 +105,12 @@ def code_norms(codes: Tensor) -> Tensor:
     squares = torch.zeros_like(codes[0])
     for e_j in codes:
         squares.add_(e_j * e_j)
-    return squares.sqrt_()
+    return root(squares)
+
+
+def root(squares: Tensor) -> Tensor:
+    """Correctly rounded square roots, as IEEE 754 has them: PyTorch's on the CPU are those of MKL, which are not."""
+    return torch.from_numpy(np.sqrt(squares.numpy())) if squares.device.type == "cpu" else squares.sqrt()
 
 
 def nearest_code_expanded(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:

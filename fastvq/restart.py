@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvq import distributed
+from fastvq.tracing import may_read
 
 # The low bits of a key name the rank, so that no two ranks win the same code.
 _RANK_BITS = 16
@@ -33,7 +34,8 @@ class Draw(NamedTuple):
 def draw_tokens(tokens: Tensor, real: Tensor, n_codes: int) -> Draw:
     """K random real tokens, without replacement while there are enough.
 
-    With fewer than K tokens they are repeated with a little noise, ``0.01/√D`` (VideoGPT's rule).
+    With fewer than K tokens they are repeated with a little noise, ``0.01/√D`` (VideoGPT's rule). Where padding leaves
+    fewer, a repeated one moves up to 1 % of the way to another, so that no two codes are the same.
 
     Args:
         tokens: ``[n, D]`` float32.
@@ -49,8 +51,15 @@ def draw_tokens(tokens: Tensor, real: Tensor, n_codes: int) -> Draw:
     # Real tokens first, in their random order; the draw starts over when they do not suffice.
     # (gather: TorchInductor 2.13 fails to match its own pattern on an index by randperm.)
     order = order.gather(0, torch.argsort(~real.gather(0, order), stable=True))
-    turns = torch.arange(n_codes, device=tiled.device) % real.sum().clamp(min=1)
-    return Draw(tiled[order[turns]], n_tokens)
+    n_real, place = real.sum().clamp(min=1), torch.arange(n_codes, device=tiled.device)
+    rows = tiled[order[place % n_real]]
+    # Other devices than the CPU would have to be waited for.
+    if n_real.device.type == "cpu" and may_read(n_real) and n_real >= n_codes:
+        return Draw(rows, n_tokens)
+    turn = place // n_real
+    others = tiled[order[(place + 1 + turn % (n_real - 1).clamp(min=1)) % n_real]]
+    moved = torch.lerp(rows, others, (0.01 * turn / (turn + 1))[:, None])
+    return Draw(torch.where(turn[:, None] > 0, moved, rows), n_tokens)
 
 
 def tile(x: Tensor, n_codes: int) -> Tensor:

@@ -39,6 +39,6 @@ def _pair_score(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
     terms = (tokens - codes).square_() if metric == "euclidean" else tokens * codes
     score = terms.cumsum(1)[:, -1]
     if metric == "cosine":
-        norm = codes.square().cumsum(1)[:, -1].sqrt()
+        norm = reference.root(codes.square().cumsum(1)[:, -1])
         return torch.where(norm > 0, score / norm, 0.0)
     return -score if metric == "euclidean" else score

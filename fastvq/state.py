@@ -37,6 +37,7 @@ class CodebookState(nn.Module):
     ema_decay: float
     restart_thres: float
     restart_threshold_relative: float | None
+    _dtype = torch.float32  # what the module was cast to
 
     def __init__(self, embeddings: Tensor) -> None:
         super().__init__()
@@ -55,12 +56,13 @@ class CodebookState(nn.Module):
         self._need_init = False
 
     def dictionary_lookup(self, encodings: Tensor) -> Tensor:
-        """Codes ``[..., D]`` of the indices ``encodings [...]``; a zero row for -1."""
-        return lookup(encodings, self.embeddings)
+        """Codes ``[..., D]`` of the indices ``encodings [...]``, in the dtype the module was cast to; zeros for -1."""
+        return lookup(encodings, self.embeddings).to(self._dtype)
 
     def soft_codebook_lookup(self, weights: Tensor) -> Tensor:
-        """Mixtures of codes, ``weights @ embeddings``: ``[..., K]`` to ``[..., D]``."""
-        return weights @ self.embeddings
+        """Mixtures of codes, ``weights @ embeddings``: ``[..., K]`` to ``[..., D]``, in the dtype of ``weights``."""
+        precise = torch.promote_types(weights.dtype, torch.float32)
+        return (weights.to(precise) @ self.embeddings.to(precise)).to(weights.dtype)
 
     @property
     def usage(self) -> Tensor:
@@ -97,6 +99,7 @@ class CodebookState(nn.Module):
 
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
+            self._dtype = moved.dtype
             if tensor.is_meta and not moved.is_meta:
                 return moved.zero_()  # what `to_empty` leaves is no state
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -108,21 +111,19 @@ class CodebookState(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.reset_cache()
-        if prefix + "embeddings" not in state_dict:
+        codes = state_dict.get(prefix + "embeddings")
+        if codes is None or codes.shape != self.embeddings.shape:
             return
         for name, buffer in self.named_buffers(recurse=False):
             if buffer.dtype != torch.float32:  # with `assign=True` it is the checkpoint's tensor
                 setattr(self, name, buffer.float())
         if prefix + "N" not in state_dict and prefix + "z_avg" not in state_dict:
             self._set_codes(self.embeddings)
+        elif prefix + "z_avg" not in state_dict:
+            self.z_avg.copy_(self.embeddings * self.N[:, None])
         if not self.N.is_meta:
             self._need_init = not self.N.any() and torch.equal(self.embeddings, self.z_avg)
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""
         return f"n_codes={len(self.N)}, embedding_dim={self.embeddings.shape[1]}, ema_decay={self.ema_decay}"
-
-
-def may_read(tensor: Tensor) -> bool:
-    """Whether a branch may depend on its value: not while a compiler traces."""
-    return not torch.compiler.is_compiling() and not tensor.is_meta

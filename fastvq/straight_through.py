@@ -1,4 +1,4 @@
-"""The straight-through estimator with its commitment loss, as one autograd function."""
+"""The straight-through estimator as an autograd function, and the commitment loss beside it."""
 
 from __future__ import annotations
 
@@ -6,54 +6,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class StraightThrough(torch.autograd.Function):
-    """Forward: the codes, and ``w · mean (x - e)²``. Backward: identity to ``x``, plus the commitment term.
+    """The codes forward, the identity to the tokens backward: ``∂L/∂x = ∂L/∂quantized``.
 
-    ``∂L/∂x = ∂L/∂quantized + ∂L/∂loss · 2w(x - e)/(n·D)`` with n the number of tokens that have a code
-    (Bengio et al. 2013, arXiv 1308.3432; van den Oord et al. 2017, arXiv 1711.00937).
-
-    Only the residual ``x - e`` is kept for the backward. The codebook is not: its EMA update happens in place
-    between forward and backward. No gradient flows to the codes.
+    Nothing but the mask is kept for the backward, and no gradient flows to the codes (Bengio et al. 2013,
+    arXiv 1308.3432; van den Oord et al. 2017, arXiv 1711.00937).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, codes: Tensor, indices: Tensor, mask: Tensor | None, weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """Values and loss.
+    def forward(ctx: Any, x: Tensor, codes: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+        """``quantized [..., D]`` in the dtype of ``x``.
 
         Args:
             x: tokens ``[..., D]``.
             codes: the code of each token ``[..., D]``; any values where ``indices`` is -1.
-            indices: int64 ``[...]``, -1 for a token without a code.
+            indices: int64 ``[...]``, -1 for a token without a code, which gets NaN.
             mask: bool ``[...]``, False for padding: zero output, zero gradient. None is all True.
-            weight: ``w``.
-
-        Returns:
-            ``quantized [..., D]`` in the dtype of ``x`` (NaN where an unmasked token has no code) and the
-            scalar loss, float32 (float64 for float64 ``x``).
         """
-        found = (indices >= 0)[..., None]
-        precise = torch.promote_types(x.dtype, torch.float32)
-        residual = torch.where(found, x.to(precise) - codes.to(precise), 0)
-        scale = weight / (found.sum() * x.shape[-1]).clamp(min=1).to(precise)
         # Compiled by PyTorch 2.11, an output without x in it would pass no gradient.
         nothing = x * torch.nan if torch.compiler.is_compiling() else torch.nan
-        quantized = torch.where(found, codes.to(x.dtype), nothing)
+        quantized = torch.where(indices[..., None] >= 0, codes.to(x.dtype), nothing)
         if mask is not None:
             quantized = torch.where(mask[..., None], quantized, 0)
-        # The scale stays outside: 2w/(n·D) would underflow in float16.
-        ctx.save_for_backward(residual.to(x.dtype), 2 * scale, mask)
-        return quantized, residual.square().sum() * scale
+        ctx.save_for_backward(mask)
+        return quantized
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_quantized: Tensor, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Gradient of the tokens; the codes get none."""
-        residual, scale, mask = ctx.saved_tensors
-        grad = grad_quantized if mask is None else torch.where(mask[..., None], grad_quantized, 0)
-        # The factor is a tensor without dimensions and would otherwise take part in type promotion only by value.
-        return (grad + (grad_loss * scale) * residual.to(scale.dtype)).to(residual.dtype), None, None, None, None
+        (mask,) = ctx.saved_tensors
+        return grad if mask is None else torch.where(mask[..., None], grad, 0), None, None, None
+
+
+def commitment_loss(x: Tensor, codes: Tensor, indices: Tensor, weight: float) -> Tensor:
+    """``w · mean (x - e)²`` over the tokens ``x [..., D]`` that have a code, at least float32; 0 without any.
+
+    Arguments as in :meth:`StraightThrough.forward`. Only the residual ``x - e`` is kept for the backward: the update
+    of the codebook happens in place between forward and backward.
+    """
+    found = (indices >= 0)[..., None]
+    precise = torch.promote_types(x.dtype, torch.float32)
+    residual = torch.where(found, x.to(precise) - codes.to(precise), 0)
+    return residual.square().sum() * (weight / (found.sum() * x.shape[-1]).clamp(min=1).to(precise))

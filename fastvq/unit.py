@@ -9,7 +9,10 @@ from torch import Tensor
 
 def unit(x: Tensor) -> Tensor:
     """``x / |x|`` over the last dimension, at least float32; zero stays zero."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Squares of large coordinates would overflow, those of small ones vanish. A direction has no length to derive.
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    return F.normalize(x / largest.masked_fill(largest == 0, 1.0), dim=-1)
 
 
 def unit_or(codes: Tensor, before: Tensor) -> Tensor:

@@ -156,10 +156,20 @@ X, E = torch.randn(5, 4), torch.randn(7, 4)
         (lambda: fastvq.lookup(X, E), TypeError, r"indices must be an int64 or int32 tensor.*float32"),
         (lambda: fastvq.lookup(torch.arange(3), E[0]), ValueError, r"codebook must be \[n_codes, D\]"),
         (lambda: fastvq.lookup(torch.arange(3), E[None]), ValueError, r"indices must be \[1, ...\].*got \[3\]"),
-        (lambda: fastvq.EMACodebook(0, 4), ValueError, r"n_codes must be at least 1, got 0"),
-        (lambda: fastvq.EMACodebook(4, 0), ValueError, r"embedding_dim must be at least 1, got 0"),
-        (lambda: fastvq.EMACodebook(4, 4, ema_decay=1.5), ValueError, r"ema_decay must be in \[0, 1\), got 1.5"),
-        (lambda: fastvq.EMACodebook(4, 3)(X), ValueError, r"z must be \[..., 3\].*got \[5, 4\]"),
+        (lambda: fastvq.code_statistics(X, torch.arange(5), 7.0), TypeError, r"n_codes must be an integer, got float"),
+        (lambda: fastvq.code_statistics(X, torch.arange(5), 4), ValueError, r"indices must be in \[-1, 4\), got 4"),
+        (
+            lambda: fastvq.code_statistics(X, torch.arange(5) - 2, 4),
+            ValueError,
+            r"indices must be in \[-1, 4\), got -2",
+        ),
+        (
+            lambda: fastvq.code_statistics(X.view(2, 5, 2), torch.arange(10).view(2, 5), 9, heads=True),
+            ValueError,
+            r"indices must be in \[-1, 9\), got 9",
+        ),
+        (lambda: fastvq.lookup(torch.arange(8), E), ValueError, r"indices must be in \[-1, 7\), got 7"),
+        (lambda: fastvq.lookup(torch.tensor([-2]), E), ValueError, r"indices must be in \[-1, 7\), got -2"),
     ],
 )
 def test_wrong_input_is_named(call, error, message):

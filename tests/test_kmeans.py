@@ -129,6 +129,9 @@ def test_progress_is_shown_when_asked(capsys):
     [
         (iter([torch.randn(9, 2)]), {}, TypeError, "can be read more than once"),
         (["abc"], {}, TypeError, "x must be a floating-point tensor, got str"),
+        (5, {}, TypeError, "x must be a tensor or an iterable that can be read more than once.*got int"),
+        ([torch.randn(5, 3), torch.randn(5, 4)], {}, ValueError, "x must hold batches of one dimension, got 3 and 4"),
+        (torch.randn(9, 2), {"n_codes": 2.5}, TypeError, "n_codes must be an integer, got float"),
         (torch.ones(9, 2, dtype=torch.int64), {}, TypeError, "x must be a floating-point tensor"),
         ([], {}, ValueError, "x must hold at least one batch"),
         (torch.full((9, 2), torch.nan), {}, ValueError, "x must hold at least one finite token"),

@@ -60,6 +60,25 @@ def test_compiled_module_equals_eager_in_one_graph(compiler, training):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("channel_first", [False, True])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiled_training_returns_the_codes_before_the_update(compiler, metric, channel_first):
+    torch._dynamo.reset()
+    module = fastvq.EMACodebook(20, 6, ema_decay=0.5, metric=metric, channel_first=channel_first)
+    shape = (4, 6, 25) if channel_first else (4, 25, 6)
+    module(torch.randn(shape))
+
+    def step(z):
+        quantized, indices, _ = module(z)
+        return 2 * quantized, indices
+
+    before = module.embeddings.clone()
+    doubled, indices = torch.compile(step, fullgraph=True, backend=compiler)(torch.randn(shape))
+    assert not torch.equal(module.embeddings, before)
+    assert torch.equal(doubled.mT if channel_first else doubled, 2 * before[indices])
+
+
 def test_functions_compile_in_one_graph():
     def step(x, codebook, mask):
         indices, distance = fastvq.nearest_code(x, codebook, mask=mask, return_distance=True, metric="cosine")
@@ -142,6 +161,16 @@ def test_module_exports_in_evaluation():
     exported = torch.export.export(module, (z,))
     for a, b in zip(exported.module()(z), module(z), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_a_traced_module_answers_for_other_tokens():
+    module = fastvq.EMACodebook(300, 16).eval()
+    traced = torch.jit.trace(module, torch.randn(40, 16), check_trace=False)
+    z = torch.randn(40, 16)
+    z[:20] = (module.embeddings[:20] + module.embeddings[20:40]) / 2
+    z[20] = torch.nan
+    assert torch.equal(traced(z)[1], module(z).indices)
 
 
 def test_meta_tensors_have_the_right_shapes():

@@ -1,5 +1,6 @@
 """Layouts, cosine, accumulation, initialisation and the numbers that tell how a codebook is used."""
 
+import contextlib
 import copy
 
 import pytest
@@ -75,6 +76,21 @@ def test_cosine_follows_the_formula(dtype):
     assert torch.allclose(module.embeddings, F.normalize(z_avg, dim=1), atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 1e20, 1e38])
+def test_cosine_does_not_depend_on_the_length_of_tokens(scale):
+    z, results = torch.randn(50, 3).sign(), []
+    for factor in (1.0, scale):
+        torch.manual_seed(1)
+        module = fastvq.EMACodebook(8, 3, metric="cosine")
+        leaf = (z * factor).requires_grad_()
+        quantized, _, loss = module(leaf)
+        loss.backward()
+        results.append((quantized, loss, module.embeddings, factor * leaf.grad))
+    for a, b in zip(*results, strict=True):
+        # Directions differ by the rounding of the scaled tokens.
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_cosine_codes_keep_norm_1_and_their_place_when_unused_for_long():
     module = trained(metric="cosine", ema_decay=0.5)
     before = module.embeddings.clone()
@@ -103,6 +119,37 @@ def test_accumulated_batches_update_as_one(options):
     parts(batches[0])
     whole(batches[0])
     assert_close_state(whole, parts)
+
+
+def test_what_was_accumulated_does_not_outlive_its_codebook():
+    start = trained().state_dict()
+    far, z = torch.randn(1000, 4) + 50, torch.randn(10, 4)
+
+    def again(module):
+        module.load_state_dict(start)
+
+    def fails(module):
+        module.load_state_dict(start)
+        with contextlib.suppress(KeyError), module.accumulate():
+            module(far)
+            raise KeyError
+
+    expected = trained()
+    expected.load_state_dict(start)
+    expected(z)
+    for drop in (again, fails):
+        module = trained()
+        if drop is again:
+            with module.accumulate():
+                module(far)
+        drop(module)
+        module(z)
+        assert torch.equal(module.N, expected.N)
+    with module.accumulate():
+        module(far)
+    module.initialize(z)
+    module(z)
+    assert module.embeddings.abs().max() < 10
 
 
 def test_accumulated_restarts_draw_from_every_batch():

@@ -65,14 +65,18 @@ def test_without_restart_nothing_is_drawn(monkeypatch):
 
 
 @pytest.mark.parametrize("n_real", [1, 3, 9, 40])
-def test_draw_takes_real_tokens_only_and_each_once_while_they_suffice(n_real):
+def test_draw_takes_real_tokens_only_and_each_once_before_it_repeats(n_real):
     tokens, real = torch.arange(40.0)[:, None].repeat(1, 2) * 100, torch.zeros(40, dtype=torch.bool)
     real[torch.randperm(40)[:n_real]] = True
     tokens[~real] = torch.nan
     rows, n_tokens = restart.draw_tokens(tokens, real, 7)
     assert n_tokens == n_real
-    assert len(rows[:, 0].unique()) == min(n_real, 7)
-    assert real[(rows[:, 0] / 100).long()].all()
+    drawn = rows[: min(n_real, 7), 0] / 100
+    assert len(drawn.unique()) == min(n_real, 7)
+    assert real[drawn.long()].all()
+    # What is repeated moves a little towards another, of which one token has none.
+    assert len(rows.unique(dim=0)) == (7 if n_real > 1 else 1)
+    assert (rows[:, :1] - rows[None, : min(n_real, 7), 0]).abs().amin(1).max() <= 0.01 * 4000
 
 
 @pytest.mark.parametrize("n", [1, 5])

@@ -193,13 +193,26 @@ def test_padding_takes_no_part_in_anything(options, channel_first):
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
+def test_nan_in_padding_has_no_gradient_by_cosine():
+    module = fastvq.EMACodebook(9, 4, metric="cosine")
+    z = torch.full((3, 4), torch.nan)
+    z[0] = 1
+    quantized, _, loss = module(z.requires_grad_(), torch.tensor([True, False, False]))
+    (quantized[0, 0] + loss).backward()
+    assert z.grad[0].isfinite().all()
+    assert not z.grad[1:].any()
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_initialisation_waits_for_a_token(options):
     module = fastvq.EMACodebook(10, 4, **options)
     for z, mask in ((torch.randn(0, 4), None), (torch.randn(9, 4), torch.zeros(9, dtype=torch.bool))):
         module(z, mask)
-        assert module._need_init
-        assert not module.N.any()
+        resumed = fastvq.EMACodebook(10, 4, **options)
+        resumed.load_state_dict(module.state_dict())
+        for waiting in (module, resumed):
+            assert waiting._need_init
+            assert not waiting.N.any()
     module(torch.randn(30, 4))
     assert not module._need_init
 
@@ -211,10 +224,16 @@ def test_initialisation_waits_for_a_token(options):
         ({"metric": "dot"}, "metric must be one of 'euclidean', 'cosine', got 'dot'"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"n_codes": 0}, "n_codes must be at least 1, got 0"),
+        ({"embedding_dim": 0}, "embedding_dim must be at least 1, got 0"),
+        ({"n_codes": 2.0}, "n_codes must be an integer, got float"),
+        ({"kmeans_iterations": -1}, "kmeans_iterations must be at least 0, got -1"),
+        ({"restart_thres": float("nan")}, "restart_thres must be at least 0, got nan"),
+        ({"restart_threshold_relative": -1}, "restart_threshold_relative must be at least 0, got -1"),
+        ({"backend": "jax"}, "backend must be one of 'auto'.*got 'jax'"),
     ],
 )
 def test_wrong_options_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         fastvq.EMACodebook(**{"n_codes": 10, "embedding_dim": 4, **arguments})
 
 
@@ -223,8 +242,9 @@ def test_wrong_tokens_are_named():
         module = fastvq.EMACodebook(10, 4, channel_first=channel_first)
         with pytest.raises(ValueError, match=message + r" to match embedding_dim, got \[2, 3, 5\]"):
             module(torch.randn(2, 3, 5))
-        with pytest.raises(TypeError, match="z must be a tensor, got list"):
-            module([1.0])
+        for wrong, name in (([1.0], "list"), (torch.ones(2, 4, 4, dtype=torch.int64), "torch.int64")):
+            with pytest.raises(TypeError, match=f"z must be a floating-point tensor, got {name}"):
+                module.eval()(wrong)
 
 
 @pytest.mark.parametrize("init", ["first_batch", "kmeans"])

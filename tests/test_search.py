@@ -1,5 +1,7 @@
 """Indices of the search against the float64 oracle."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from strategies import METRICS, problems
 
 import fastvq
 from fastvq import coarse, cpu, direct, groups, packed, reference, settle, table
+from fastvq.precision import full_precision
 
 ALWAYS, NEVER = (lambda *size: True), (lambda *size: False)
 MANY, NONE = 1 << 20, 0
@@ -221,6 +224,31 @@ def test_reduced_precision_settings_of_the_caller_change_nothing(reduced_precisi
     assert [place.fp32_precision for place in PRECISIONS] == before
 
 
+def test_a_setting_inherited_from_a_wider_one_still_follows_it():
+    torch.backends.fp32_precision = "tf32"
+    try:
+        fastvq.nearest_code(torch.randn(5, 4), torch.randn(3, 4))
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
+def test_searches_in_threads_keep_the_precision_until_the_last_one_ends():
+    products = torch.backends.mkldnn.matmul
+    products.fp32_precision = "bf16"
+    try:
+        first, second = full_precision(torch.device("cpu")), None
+        with first:
+            second = full_precision(torch.device("cpu"))
+            second.__enter__()
+        assert products.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = "none"
+
+
 @pytest.fixture(params=[torch.float64, torch.float16], ids=str)
 def default_dtype(request):
     torch.set_default_dtype(request.param)
@@ -236,6 +264,23 @@ def test_the_default_dtype_of_the_caller_changes_nothing(default_dtype, metric):
     indices, distance = fastvq.nearest_code(x, codebook, metric=metric, return_distance=True)
     assert torch.equal(indices, expected)
     assert distance.dtype == torch.float32
+
+
+def test_norms_are_rounded_correctly():
+    squares = torch.rand(1, 20_000, dtype=torch.float64)
+    expected = torch.tensor([math.sqrt(value * value) for value in squares[0].tolist()], dtype=torch.float64)
+    assert torch.equal(reference.code_norms(squares), expected)
+
+
+def test_cosines_that_differ_in_the_last_place_are_told_apart_by_all_backends(kernel_device):
+    for seed in (12, 13, 18):
+        torch.manual_seed(seed)
+        codebook, x = 1 + torch.randn(64, 2) * 1e-6, 1 + torch.randn(16, 2) * 1e-6
+        expected = reference.nearest_code(x, codebook, "cosine")
+        assert torch.equal(fastvq.nearest_code(x, codebook, metric="cosine"), expected)
+        on_device = x.to(kernel_device), codebook.to(kernel_device)
+        indices = fastvq.nearest_code(*on_device, metric="cosine", backend="triton")
+        assert torch.equal(indices.cpu(), expected)
 
 
 def test_expanded_formula_errs_where_the_search_does_not():

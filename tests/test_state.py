@@ -91,6 +91,37 @@ def assert_equal_state(a, b):
         assert torch.equal(value, b.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_lookups_fit_the_model_that_was_cast(dtype):
+    module = fastvq.EMACodebook(12, 4).to(dtype)
+    weights = torch.rand(3, 12, dtype=dtype)
+    assert module.dictionary_lookup(torch.tensor([1])).dtype == dtype
+    mixtures = module.soft_codebook_lookup(weights)
+    assert mixtures.dtype == dtype
+    # Twelve float32 products, and one rounding to the dtype.
+    expected = weights.double() @ module.embeddings.double()
+    assert torch.allclose(mixtures.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    assert module.float().dictionary_lookup(torch.tensor([1])).dtype == torch.float32
+
+
+def test_a_refused_checkpoint_leaves_the_codebook_alone():
+    module = fastvq.EMACodebook(4, 2)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        module.load_state_dict({"embeddings": torch.randn(3, 2)}, strict=False)
+    assert module._need_init
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_averages_that_a_checkpoint_lacks_are_those_of_its_codes():
+    module = fastvq.EMACodebook(4, 2)
+    codes = torch.full((4, 2), 9.0)
+    module.load_state_dict({"embeddings": codes, "N": torch.full((4,), 5.0)}, strict=False)
+    module(codes)
+    assert torch.allclose(module.embeddings, codes)
+
+
 def test_wrong_shapes_are_named():
     model = torch.nn.ModuleDict({"codebook": fastvq.EMACodebook(13, 4)})
     state = {f"codebook.{name}": value for name, value in trained().state_dict().items()}

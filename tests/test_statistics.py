@@ -210,3 +210,16 @@ def test_deterministic_setting_is_restored(flag):
         assert torch.are_deterministic_algorithms_enabled() == flag
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_indices_beyond_the_codes_are_left_out_by_the_kernels(kernel_device, deterministic):
+    x, indices = torch.ones(7, 3), torch.tensor([0, 4, 2**40, 70_000, -7, -(2**40), 3])
+    counts, sums = accumulate.code_statistics(x.to(kernel_device), indices.to(kernel_device), 4, deterministic)
+    assert torch.equal(counts.cpu(), torch.tensor([1.0, 0, 0, 1]))
+    assert torch.equal(sums.cpu(), counts.cpu()[:, None].expand(4, 3))
+
+
+def test_a_fixed_order_is_asked_for_without_touching_the_switch_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **options: pytest.fail("switched"))
+    fastvq.code_statistics(torch.randn(9, 2), torch.arange(9) - 1, 8, deterministic=True)

@@ -43,6 +43,25 @@ def test_value_gradient_and_loss_are_those_of_the_detach_formula(masked):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_second_derivatives_are_those_of_the_formula():
+    x, codebook = torch.randn(5, 3).double().requires_grad_(), torch.randn(7, 3).double()
+    mask = torch.arange(5) != 2
+    # A step of 1e-6 crosses no boundary between two codes here.
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: fastvq.quantize(x, codebook, mask=mask).loss, x)
+    for module in (fastvq, reference):
+        quantized = module.quantize(x, codebook, mask=mask).quantized
+        gradient = torch.autograd.grad(quantized.square().sum(), x, create_graph=True)[0]
+        assert torch.equal(torch.autograd.grad(gradient.sum(), x)[0], 2.0 * mask[:, None].expand(5, 3))
+
+
+def test_residuals_beyond_float16_give_the_gradient_of_the_formula():
+    x = torch.full((1, 2), 40000.0, dtype=torch.float16, requires_grad=True)
+    quantized, _, loss = fastvq.quantize(x, torch.full((1, 2), -40000.0))
+    (quantized.float().sum() + loss).backward()
+    assert torch.equal(x.grad, torch.full((1, 2), 1 + 0.25 * 80000.0, dtype=torch.float16))
+
+
 def test_gradient_of_a_small_loss_survives_float16():
     x = torch.randn(512, 256, dtype=torch.float16, requires_grad=True)
     codebook = torch.randn(16, 256)

@@ -12,27 +12,28 @@ from .dense import dense
 from .ordered import ordered_statistics
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "K"])
 def accumulate_kernel(
     p_x,  # [N, D] float32, float16 or bfloat16
     p_indices,  # [N] int64
     p_counts,  # [K] int32
     p_sums,  # [K, D] float32
     N,
+    K,
     D: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
     """One program adds BD dimensions of BN tokens to the rows of their codes, by float32 atomics.
 
-    Tokens with index -1 are left out. The programs of the first block of dimensions count, in integers.
+    Tokens with an index outside [0, K) are left out. The programs of the first block of dimensions count, in integers.
     The order of the float32 additions differs from run to run, and the atomics take subnormal sums for zero.
     Where D is a multiple of 4, four columns are one instruction from sm_90 on.
     """
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     b_index = tl.load(p_indices + o_n, mask=o_n < N, other=-1)  # [BN]
-    has_code = b_index >= 0
+    has_code = (b_index >= 0) & (b_index < K)
     m_x = has_code[:, None] & (o_d < D)
     b_x = tl.load(p_x + o_n[:, None] * D + o_d, mask=m_x, other=0.0).to(tl.float32)  # [BN, BD]
     tl.atomic_add(p_sums + b_index[:, None] * D + o_d, b_x, mask=m_x, sem="relaxed")
@@ -47,7 +48,7 @@ def code_statistics(
 
     Args:
         x: tokens ``[N, D]``, any floating dtype; added in float32.
-        indices: int64 ``[N]`` in ``[-1, K)``; -1 is left out.
+        indices: int64 ``[N]``; what is outside ``[0, K)`` is left out.
         n_codes: K.
         deterministic: True adds in a fixed order, False by atomics; None takes what the sizes make faster.
     """
@@ -65,6 +66,6 @@ def atomic_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor,
     if n_tokens:
         block_n, block_d = ACCUMULATE.blocks(dim)
         accumulate_kernel[triton.cdiv(n_tokens, block_n), triton.cdiv(dim, block_d)](
-            x, indices, counts, sums, n_tokens, D=dim, BN=block_n, BD=block_d, num_warps=ACCUMULATE.num_warps
+            x, indices, counts, sums, n_tokens, n_codes, D=dim, BN=block_n, BD=block_d, num_warps=ACCUMULATE.num_warps
         )
     return counts.float(), sums

@@ -49,10 +49,13 @@ def ema_kernel(
         if RESETS:
             b_n = tl.where(restarts, 1.0, b_n)
     tl.store(p_n + o_k, b_n, mask=m_k)
-    # Before any token was ever counted there is nothing to divide by: the codes stay.
-    m_moved = m_k & (b_total > 0)
+    # Before any token was ever counted there is nothing to divide by: codes and averages stay.
+    m_z = m_k & (b_total > 0)
+    m_moved = m_z
     if p_rows is not None:
         m_moved |= restarts
+        if RESETS:
+            m_z |= restarts
     for d in range(0, D, BD):
         o_d = d + tl.arange(0, BD)  # [BD]
         o_e = o_k[:, None] * D + o_d[None, :]
@@ -65,7 +68,7 @@ def ema_kernel(
             b_e = tl.where(restarts[:, None], b_row, b_e)
             if RESETS:
                 b_z = tl.where(restarts[:, None], b_row, b_z)
-        tl.store(p_z + o_e, b_z, mask=m_e)
+        tl.store(p_z + o_e, b_z, mask=m_e & m_z[:, None])
         tl.store(p_embeddings + o_e, b_e, mask=m_e & m_moved[:, None])
 
 

@@ -34,7 +34,7 @@ def load_rows(p_rows, p_order, b_row, m_r, o_d, D: tl.constexpr, TOKENS: tl.cons
 def sum_runs_kernel(
     p_rows,  # [., D] tokens, or the sums of the level below
     p_indices,  # [N] int64
-    p_order,  # [N] int64: token at each sorted position, those with index -1 first
+    p_order,  # [N] int64: token at each sorted position
     p_starts,  # [K + 1] int64: first sorted position of each code
     p_sums,  # [K, D] float32
     p_above,  # [ceil(N / (RUN << log_unit)), D] float32
@@ -71,7 +71,7 @@ def sum_runs_kernel(
         b_position = b_j << (log_unit + LOG_RUN)
         m_r = b_position < N
         b_k = tl.load(p_indices + tl.load(p_order + b_position, mask=m_r, other=0), mask=m_r, other=-1)
-        m_r = b_k >= 0
+        m_r = (b_k >= 0) & (b_k < K)
         b_first = tl.load(p_starts + b_k, mask=m_r, other=0)
         b_rows = (tl.load(p_starts + b_k + 1, mask=m_r, other=0) - b_first) >> log_unit
         b_row = (b_first + unit - 1) >> log_unit
@@ -102,10 +102,11 @@ def sort_key(n_codes: int) -> torch.dtype:
 
 
 def ordered_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
-    """Counts ``[K]`` and sums ``[K, D]``, float32, of dense ``x [N, D]`` by dense ``indices [N]``, -1 left out."""
+    """Counts ``[K]`` and sums ``[K, D]``, float32, of dense ``x [N, D]`` by dense ``indices [N]`` in ``[0, K)``."""
     n_tokens, dim = x.shape
     key = sort_key(n_codes)
-    codes, order = torch.sort(indices.to(key), stable=True)
+    # What is no code goes to the ends, which no code's stretch takes in.
+    codes, order = torch.sort(indices.clamp(-1, n_codes).to(key), stable=True)
     starts = torch.searchsorted(codes, torch.arange(n_codes + 1, dtype=key, device=x.device))
     sums = torch.empty(n_codes, dim, dtype=torch.float32, device=x.device)
     block_r, block_d = ORDERED.blocks(dim)
