@@ -71,12 +71,13 @@ def ema_step(
             return
         N.copy_(N * decay + counts * (1 - decay))
         total = N.sum()
+        kept = torch.where(total > 0, decay, 1.0)
         weights = (N + smoothing) / (total + len(N) * smoothing) * total
         step = max(1, _PIECE_VALUES // embeddings.shape[1])
         pieces = [slice(first, first + step) for first in range(0, len(N), step)]
         for some in pieces:
             z, e = z_avg[some], embeddings[some]
-            z.copy_(torch.where(total > 0, z * decay + sums[some] * (1 - decay), z))
+            z.mul_(kept).add_(sums[some] * (1 - decay))
             e.copy_(torch.where(total > 0, z / weights[some, None], e))
         if rows is None:
             return
