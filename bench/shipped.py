@@ -131,6 +131,7 @@ def search_kernels(
         yield dim, _compile(frame.frame_kernel, target, parts, 4)
         balances = {"LAMBDA": bounds.balance(split), "LAMBDA_FINE": bounds.balance(True)}
         slacks = {"ORACLE": bounds.ORACLE, "UNIT_ERROR": unit_error, "ERROR": 1e-5, "FINE_ERROR": 1e-6, **balances}
+        slacks |= {"REFINEMENT": bounds.refinement(dim, 32), "LONGEST": bounds.LONGEST}
         codes = {"BK": 64, "UNIT": unit, "EUCLIDEAN": euclidean, **slacks}
         yield dim, _compile(pack.pack_codes_kernel, target, {**codes, **packing, **measured}, 4)
         scale = {"A": bounds.accumulation(width), "LAMBDA": bounds.balance(split)}
@@ -152,7 +153,12 @@ def search_kernels(
         yield dim, _compile(settle.settle_kernel, target, constexprs, 4, types={"values": "*fp64"}, options=options)
     shares = {"LEAD": settle.LEAD, "SHARES": settle.SHARES}
     yield 0, _compile(settle.merge_kernel, target, shares, 1, types={"values": "*fp64"})
-    yield 0, _compile(norms.code_norms_kernel, target, {"BK": 128}, 4, options={"enable_fp_fusion": False})
+    yield (
+        0,
+        _compile(
+            norms.code_norms_kernel, target, {"BK": 128, "LONGEST": 2.0**126}, 4, options={"enable_fp_fusion": False}
+        ),
+    )
 
 
 def training_kernels(target: str, dims: tuple[int, ...] = (3, 64)) -> Iterator[tuple[int, Compiled]]:

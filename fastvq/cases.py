@@ -31,7 +31,8 @@ def adversarial_cases(seed: int = 0) -> Iterator[Case]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    for family in (_shapes, _offsets_and_scales, _ties, _outliers, _layouts, _special_values, _other_metrics):
+    families = _shapes, _offsets_and_scales, _ties, _outliers, _layouts, _special_values, _other_metrics, _extremes
+    for family in families:
         yield from family(normal)
 
 
@@ -129,3 +130,25 @@ def _other_metrics(normal: _Normal) -> Iterator[Case]:
     # Multiples of one code: the same angle, up to the rounding of each norm.
     multiples = normal(1, 16) * torch.arange(1.0, 65.0)[:, None]
     yield Case("cosine, parallel codes", normal(50, 16), multiples, "cosine")
+
+
+def _extremes(normal: _Normal) -> Iterator[Case]:
+    """Numbers whose products or norms leave a range, or that differ in less than the last place of what they share."""
+    length = 2.0**20
+    codes = torch.tensor([[length, 4e-6], [length, -4e-6], [length, 4e-6 + 6e-11], [length, -4e-6]])
+    yield Case("dot, codes alike but for 1e-16 of their length", torch.ones(1, 2), codes, "dot")
+    multiples = torch.tensor([[3.0, 3, 21], [1, 1, 7], [2, 2, 14], [7, 7, 49]])
+    yield Case("cosine, parallel codes of integers", (4 * normal(40, 3)).round(), multiples, "cosine")
+    longest = torch.finfo(torch.float32).max * (1 - 2.0**-10 * torch.linspace(0, 1, 60)[:, None])
+    longest = longest * (1 - 2.0**-20 * normal(60, 512).abs())
+    yield Case("cosine, codes whose inverse length is subnormal", normal(20, 512).abs(), longest, "cosine")
+    steps = torch.tensor([1.7 * 2.0**-25, 1.8 * 2.0**-25, 1.1 * 2.0**-30, 0], dtype=torch.float64)[:, None]
+    yield Case("dot, float64 codes equal in float32", torch.tensor([[2.0**-25]]), 2.0**-29 * (1 + steps), "dot")
+    opposite = -normal(60, 16).double().abs()
+    opposite[::2] *= -1e300
+    for metric in ("dot", "cosine"):
+        tokens = 1e10 * normal(20, 16).abs()
+        yield Case(f"{metric}, float64 codes whose squares overflow", tokens, opposite, metric)
+        for scale in (1e307, 1e-323):
+            tokens = scale * normal(40, 2).double()
+            yield Case(f"{metric}, float64 tokens of {scale:.0e}", tokens, 3 * normal(60, 2), metric)

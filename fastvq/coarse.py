@@ -48,6 +48,8 @@ _WORTH = {
 _TOKENS_PER_PRODUCT = 512
 # A product of a new size is compiled first, which takes some milliseconds: few sizes, whatever the number of tokens.
 _MULTIPLE = 128
+# With more, the three terms of the bound are not covered by the precision to spare.
+_MOST_COLUMNS = 1 << 14
 # Products are shifted by the best that a few codes of one in so many groups have to offer: any that is not far off
 # leaves less to round than what rounding the operands costs.
 _GROUPS_PER_SAMPLE, _CODES_PER_SAMPLE = 64, 8
@@ -65,7 +67,7 @@ def pays(n_tokens: float, codes: Tensor) -> bool:
     if units is None or not codes.is_cpu:
         return False
     worth, (n_codes, dim) = _WORTH[units], codes.shape
-    enough = n_codes >= worth.codes and dim >= worth.coordinates
+    enough = n_codes >= worth.codes and worth.coordinates <= dim <= _MOST_COLUMNS
     return enough and n_tokens * n_codes * (dim + 8) >= worth.work
 
 

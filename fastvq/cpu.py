@@ -29,11 +29,12 @@ the best score.
 Few codes, or few tokens, are searched without packing (:mod:`fastvq.direct`). There the computed score itself is
 compared with the largest one less ``2c(a·b + h)``, a being the largest of many tokens, b and h of all codes.
 
-**Slack.** The oracle rounds too. Its squared distances have a relative error of at most ``(D + 4)2⁻⁵³``, so that
-the true score of its winner is below the true best by at most ``4(D + 4)2⁻⁵³(a² + b²)``. The part in ``b²`` is
-covered by c, as is the whole of it for the other two metrics; the part in ``a²`` is subtracted from the lower
-bound. So is the effect of float32 underflow: ``2⁻¹⁵⁰`` per rounded coordinate, times ``b < 2³³√D`` or ``a``, and
-per product. Norms get ``2⁻⁶²√D`` on top where they stand for a or b, since squares of smaller coordinates vanish.
+**Slack.** The oracle rounds too. Its squared distances have a relative error of at most ``(D + 4)2⁻⁵³``, so that the
+true score of its winner is below that of any other code by at most ``4(D + 4)2⁻⁵³(a² + b²)``, b being the larger of
+both norms. The part in ``b²`` is covered by the c of the code it belongs to, as is the whole of it for the other two
+metrics; the part in ``a²`` is subtracted from the lower bound. So is the effect of float32 underflow: ``2⁻¹⁵⁰`` per
+rounded coordinate, times ``b < 2³³√D`` or ``a``, and per product. Norms get ``2⁻⁶²√D`` on top where they stand for a or
+b, since squares of smaller coordinates vanish.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from torch import Tensor
 
 from fastvq import coarse, direct, groups, reference, table
 from fastvq.candidates import even_pieces
-from fastvq.packed import Frame, PackedCodebook, frame_of, pack
+from fastvq.packed import Frame, PackedCodebook, frame_of, out_of_range, pack
 from fastvq.settle import settle
 
 # Codebooks are packed and searched in parts, so that memory does not grow with them: of so many codes, of more where
@@ -57,6 +58,8 @@ from fastvq.settle import settle
 _PART_CODES = 1 << 14
 _LEAST_PART_VALUES = 1 << 20
 _MOST_PART_VALUES = 1 << 23
+# With more, errors might add up to the size of the scores.
+_MOST_COLUMNS = 1 << 20
 # Tokens are searched in blocks of so many, and so many values (8 MiB).
 _TOKENS_PER_BLOCK = 8192
 _VALUES_PER_BLOCK = 1 << 21
@@ -90,7 +93,7 @@ def _in_frame(codebook: Tensor, metric: str) -> Prepared:
         numbers = torch.isfinite(codebook).all(1).nonzero()[:, 0]
         codes = codebook[numbers]
         top = _largest(codes) if len(codes) else 0.0
-    scalable = len(codes) > 0 and not _outside_scaled_range(codes)
+    scalable = len(codes) > 0 and not (codes.dtype == torch.float64 and bool(out_of_range(codes).any()))
     return Prepared(metric, codes, numbers, frame_of(codes, metric, top) if scalable else None, None)
 
 
@@ -117,6 +120,8 @@ def nearest_code(
     """
     if len(x) == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
+    if x.shape[1] > _MOST_COLUMNS:
+        return reference.nearest_code(x, codebook, metric)
     prepare_once = prepare_once or _in_frame
     if not direct.fits(x, codebook) or coarse.pays(len(x), codebook):
         return search_packed(x, prepare_once(codebook, metric))
@@ -204,12 +209,3 @@ def _search_distinct(x: Tensor, codebook: Tensor, frame: Frame) -> Tensor:
     first.scatter_reduce_(0, inverse, torch.arange(len(codebook), device=x.device), "amin")
     first = first.sort().values
     return first[search_packed(x, Prepared(frame.metric, codebook[first], None, frame, None))]
-
-
-def _outside_scaled_range(codebook: Tensor) -> bool:
-    """Whether float64 codes are so large or small that scaling them, or the oracle itself, could leave the range."""
-    if codebook.dtype != torch.float64:
-        return False
-    magnitudes = codebook.abs()
-    smallest = magnitudes.masked_fill(magnitudes == 0, 1.0).min()
-    return bool((smallest < 2.0**-400) | (magnitudes.max() > 2.0**400))

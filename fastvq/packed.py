@@ -24,6 +24,12 @@ _GROUPS = ((512, 128), (128, 64), (0, 32))
 _TOP_EXPONENT = 32
 
 
+def out_of_range(values: Tensor) -> Tensor:
+    """Float64 values so large or small that scaling them, or the oracle itself, could leave the range."""
+    magnitudes = values.abs()
+    return (magnitudes > 2.0**400) | ((magnitudes < 2.0**-400) & (magnitudes > 0))
+
+
 class Frame(NamedTuple):
     """The coordinates in which tokens and codes are compared."""
 
@@ -129,6 +135,9 @@ def pack_tokens(x: Tensor, frame: Frame, out: Tensor) -> Tensor:
     a = torch.linalg.vector_norm(out[:, :dim], dim=1).add_(norm_room(dim))
     # A bound of NaN reaches nothing, so that the token has no candidates.
     a.masked_fill_(~(a < LARGEST_NORM), torch.nan)
+    if x.dtype == torch.float64 and frame.metric != "euclidean":
+        # The oracle's products of such tokens may overflow or vanish; those of what is left of them here do not.
+        a.masked_fill_(out_of_range(x).any(1), torch.nan)
     out[:, dim], out[:, dim + 1] = 1.0, c * a
     slack = (dim + 16) * (2.0**-112 + 2.0**-148 * a)
     if frame.metric == "euclidean":

@@ -266,6 +266,14 @@ def test_the_default_dtype_of_the_caller_changes_nothing(default_dtype, metric):
     assert distance.dtype == torch.float32
 
 
+def test_rows_too_long_for_the_bounds_are_searched_by_the_oracle(monkeypatch):
+    assert 0 < packed.error_constant(cpu._MOST_COLUMNS) < 0.2
+    x, codebook = torch.randn(9, cpu._MOST_COLUMNS + 1), torch.randn(5, cpu._MOST_COLUMNS + 1)
+    answer = torch.arange(9)
+    monkeypatch.setattr(reference, "nearest_code", lambda *args: answer)
+    assert cpu.nearest_code(x, codebook) is answer
+
+
 def test_norms_are_rounded_correctly():
     squares = torch.rand(1, 20_000, dtype=torch.float64)
     expected = torch.tensor([math.sqrt(value * value) for value in squares[0].tolist()], dtype=torch.float64)

@@ -24,11 +24,11 @@ code has `S_k >= -c M`, so the winner is not negative and the bits of the floats
 `2^-10 |e2|` in `r_k`, since `|x2| <= 2^-11 X` up to subnormals, which `TINY` covers. `A` then dominates the bound.
 
 **A: tensor-core accumulation.** A block of p products and the accumulator is aligned to its largest addend
-and truncated, not rounded: at most `p + 1` units in the last place of the largest magnitude, per block
+and truncated, and so is their sum: at most `p + 2` units in the last place of the largest magnitude, per block
 (Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 7:e330;
 Khattak and Mikaitis, arXiv 2512.07004, for later generations). Products of two fp16 are exact. Blocks are of 4 or
-more products, so D/p blocks cost at most `D (p + 1)/p <= 1.25 D` units of `2^-23` of `sum|x^_j e^_kj| + |bias|`;
-one block more for the accumulator start, and twice that for safety: `A = 2 (D + 16) 2^-23`.
+more products, so D/p blocks cost at most `D (p + 2)/p <= 1.5 D` units of `2^-23` of `sum|x^_j e^_kj| + |bias|`;
+one block more for the accumulator start, and a third of that for safety: `A = 2 (D + 16) 2^-23`.
 
 **Lower bound from the scan.** The same steps the other way round: the products exceed `x'.e'_k` by at most
 `r n_k + X r_k`, the sum exceeds theirs and the bias by `A X |e^_k| + A |bias|`, and the first three of these terms
@@ -52,15 +52,19 @@ bins is not scanned again, and their best codes that reach the line are candidat
 are added elementwise and then reduced. Every product passes at most `D/BD + BD` additions, its two factors carry a
 relative error of `2^-23` each (subtraction, scaling, a cast from float64), `h_k` the same again. Hence
 `|S~_k - S_k| <= E 2^-24 (X n_k + c h_k)` with `E = D/BD + BD + 16`; for cosine `X UNIT 2^b` more, since
-`fl(e fl(1/|e|))` is within `UNIT = 2^-21` of the unit vector.
+`fl(e fl(1/|e|))` is within `UNIT = 2^-21` of the unit vector where `1/|e|` is a normal number.
 
 **The oracle rounds too.** Its value is a float64 sum of D terms: relative error at most `(D + 4) 2^-53 <= 2^-40`
 for `D <= MAX_CERTIFIED_D` of `|x - e_k|^2 <= 2 |x'|^2 + 2 |e'_k|^2` (euclidean), or of `|x| |e_k|` (dot, cosine).
-The token's share is `ORACLE |x'|^2 / c`; the code's share is inside `r_k` and `B_k`. A proof therefore speaks about the
-rounded float64 values, and every comparison in it is strict, so ties are never decided by a bound.
+The token's share is `ORACLE |x'|^2 / c`; the code's share is inside `r_k` and `B_k`, and in the refinement `n_k` stands
+for `n_k + ORACLE / (E 2^-24) 2^b |e_k|`, since for the dot product `|e_k|` may be far longer than `e'_k`. A proof
+therefore speaks about the rounded float64 values, and every comparison in it is strict, so ties are never decided by a
+bound.
 
 **Range.** All bounds are float32; whatever overflows becomes +inf, proves nothing, and goes to the float64 scan.
-Underflow of scaled values adds at most `TINY`, far below one fp16 unit of the scaled data.
+Underflow of scaled values adds at most `TINY`, far below one fp16 unit of the scaled data. Coordinates fill fp16 unless
+the codes are equal in float32; a code of `n_k >= LONGEST` is outside the range. So no line exceeds
+`X LONGEST <= 2^47`, and in the second scan `c FLT_MAX >= 2^-80 FLT_MAX` stands for the bound of a code outside.
 """
 
 import math
@@ -68,6 +72,7 @@ import math
 ORACLE = 2.0**-40
 UNIT = 2.0**-21
 TINY = 2.0**-30
+LONGEST = 2.0**25
 MAX_CERTIFIED_D = 4096
 CHUNK = 64
 # Bounds are themselves computed in fp32: a few roundings of 2^-24 each, taken as one factor.

@@ -27,10 +27,10 @@ class PackedCodebook:
     bias     [H, KP + BN, 2]  fp32 B_k (padding and codes with NaN or Inf: -inf) and G_k; the scan reads one tile ahead
     fine     [H, KP + BN, 2]  the same for the second scan
     half_sq  [H, K]       fp32 h_k; inf: never chosen, FLT_MAX: outside the range, always a candidate
-    length   [H, K]       fp32 n_k
+    length   [H, K]       fp32 n_k, and what the oracle rounds
     mean_sq  [H]          fp32 M
     norms    [H, K]       float64 |e_k| for cosine, empty otherwise
-    inverse  [H, K]       g_k = 1 / |e_k| rounded (0 for a zero code), for cosine, empty otherwise
+    inverse  [H, K]       g_k = 1 / |e_k| rounded (0 for a zero code, inf outside the range), for cosine, else empty
     split                 columns hold the three products of a two-part fp16 split (D <= SPLIT_D)
     config                the scan configuration this layout is made for
     """
@@ -67,7 +67,8 @@ def pack_codes_kernel(
     D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     WIDE: tl.constexpr, UNIT: tl.constexpr, EUCLIDEAN: tl.constexpr, SPLIT: tl.constexpr,
     INFLATE: tl.constexpr, LAMBDA: tl.constexpr, LAMBDA_FINE: tl.constexpr, ORACLE: tl.constexpr,
-    UNIT_ERROR: tl.constexpr, ERROR: tl.constexpr, FINE_ERROR: tl.constexpr, TINY: tl.constexpr, UP: tl.constexpr,
+    UNIT_ERROR: tl.constexpr, ERROR: tl.constexpr, FINE_ERROR: tl.constexpr, REFINEMENT: tl.constexpr,
+    LONGEST: tl.constexpr, TINY: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """One program rounds BK codes of one head to fp16 and writes h_k, n_k and, by what the rounding left, B_k, G_k."""
     i_k, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -115,7 +116,7 @@ def pack_codes_kernel(
     b_len += TINY
     b_G = (b_len + LAMBDA * (tl.sqrt(b_res) * INFLATE + b_more)) * UP
     b_G_fine = (b_len + LAMBDA_FINE * (tl.sqrt(b_res_fine) * INFLATE + b_more)) * UP
-    inside = (b_sq < float("inf")) & (b_G < float("inf")) & (b_finite == 1)
+    inside = (b_len < LONGEST) & (b_G < float("inf")) & (b_finite == 1)
     b_h = tl.where(inside, b_sq * (0.5 if EUCLIDEAN else 0.0), 0.0)
     b_M = tl.load(mean_sq + i_h)
     b_B = b_M - b_h + 2.0 * ERROR * (b_h + b_M)
@@ -127,12 +128,12 @@ def pack_codes_kernel(
     m_bias = o_k < K_bias
     tl.store(bias + p_bias, tl.where(inside, b_B, b_fixed), mask=m_bias)
     tl.store(bias + p_bias + 1, tl.where(inside, b_G, 0.0), mask=m_bias)
-    # In the second scan a large number does, which may meet an infinite line: c is at least 2^-80.
+    # In the second scan a large number does, which may meet an infinite line.
     tl.store(fine + p_bias, tl.where(inside, b_B_fine, tl.minimum(b_fixed, 3.4028234663852886e38)), mask=m_bias)
     tl.store(fine + p_bias + 1, tl.where(inside, b_G_fine, 0.0), mask=m_bias)
     b_h = tl.where(b_finite == 1, tl.where(inside, b_h, 3.4028234663852886e38), float("inf"))
     tl.store(half_sq + i_h * K + o_k, b_h, mask=m_k)
-    tl.store(length + i_h * K + o_k, b_len, mask=m_k)
+    tl.store(length + i_h * K + o_k, b_len + ORACLE / REFINEMENT * b_raw, mask=m_k)
 
 
 def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfig | None = None) -> PackedCodebook:
@@ -170,6 +171,7 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
         ORACLE=bounds.ORACLE * bounds.UP, UNIT_ERROR=bounds.UNIT if unit else 0.0, TINY=bounds.TINY, UP=bounds.UP,
         ERROR=bounds.bias_error(D, DP) if euclidean else 0.0,
         FINE_ERROR=bounds.fine_bias_error(D, DP, split) if euclidean else 0.0,
+        REFINEMENT=bounds.refinement(D, 32), LONGEST=bounds.LONGEST,
     )  # fmt: skip
     return PackedCodebook(
         codes=codes, metric=metric, shift=shift, scale=scale, half=half, low=low, bias=bias, fine=fine,

@@ -46,7 +46,7 @@ def code_bounds(
     b_s = tl.sum(b_acc, axis=2) - b_c[:, None] * b_h  # [BT, G]
     b_err = E * (b_X[:, None] * b_n + b_c[:, None] * b_h) + UNIT_ERROR * b_X[:, None] * b_code_scale
     # A code outside the range can be anything; one with NaN, Inf or beyond K is nothing.
-    inside = tl.abs(b_s) + b_err < 3.0e38
+    inside = (tl.abs(b_s) + b_err < 3.0e38) & (b_h < 3.0e38)
     never = b_h == float("inf")
     b_low = tl.where(inside & (~never), b_s - b_err, float("-inf"))
     b_high = tl.where(never, float("-inf"), tl.where(inside, b_s + b_err, float("inf")))
@@ -165,7 +165,7 @@ def refine_kernel(
     b_open = m_open.to(tl.int32)
     count = tl.sum(b_open, axis=0)
     if count > 0:
-        o_list = tl.atomic_add(counts + 1 + i_h, count) + tl.cumsum(b_open, axis=0) - 1
+        o_list = tl.atomic_add(counts + 1 + i_h, count, sem="relaxed") + tl.cumsum(b_open, axis=0) - 1
         b_best = tl.where(m_in, b_best, float("-inf"))
         tl.store(open_tokens + i_h * N + o_list, o_t, mask=m_open)
         tl.store(open_line + i_h * N + o_list, b_best, mask=m_open)

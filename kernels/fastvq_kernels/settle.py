@@ -117,7 +117,7 @@ def settle_kernel(
                         b_lane = tl.sum(tl.where(here, o_lane[None, :], 0), axis=1)
                     o_k = code_at(s * steps + o_n // MEMBERS, o_n % MEMBERS, b_lane, BN, LANES).to(tl.int64)
                     o_k = tl.where(o_m < members, o_k, K)  # [BK]
-                    if evaluate == 0:
+                    if CERTIFIED and evaluate == 0:
                         b_low, b_high = code_bounds(
                             tokens, codes, inverse, shift, half_sq, length, i_h, o_t, m_t, o_k[None, :],
                             b_scale, b_code_scale, b_c, b_X, N, K,
