@@ -117,7 +117,7 @@ def search_kernels(
         chunk = {"D": dim, "BD": column_chunk(dim)}
         packing = {"D": dim, "DP": width, "BD": min(width, 32), "SPLIT": split, "WIDE": False}
         measured = {"INFLATE": bounds.norm_inflation(dim), "TINY": bounds.TINY, "UP": bounds.UP}
-        float32 = {"WIDE_X": False, "WIDE_E": False, "CERTIFIED": True}
+        float32 = {"WIDE_X": False, "WIDE_E": False, "CERTIFIED": dim <= bounds.MAX_CERTIFIED_D}
         errors = {
             "E": bounds.refinement(dim, 32),
             "UNIT_ERROR": unit_error,

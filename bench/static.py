@@ -32,7 +32,7 @@ from fastvq_kernels.configs import packed_width
 # Widths of packed rows, with a dimension that has them.
 SCANS = {16: 4, 32: 8, 64: 64, 128: 128, 192: 192, 256: 256, 512: 512, 1024: 1024}
 # Dimensions for each width and number of products of the second scan.
-RESCANS = (4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)
+RESCANS = (4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024)
 TOKENS, CODES = 65536, 16384
 FLOAT32_FMA = re.compile(r"\bFFMA|\bv_(?:pk_)?fmac?_f32")
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastvq import reference
-from fastvq_kernels.configs import TARGETS, packed_width, scan_config
+from fastvq_kernels import rescan
+from fastvq_kernels.configs import TARGETS, RescanConfig, ScanConfig, packed_width, scan_config
 from fastvq_kernels.pack import pack_codebook
 from fastvq_kernels.search import certified_search, nearest_code
 
@@ -26,9 +27,11 @@ def test_indices_equal_float64_for_every_dimension(check, d, metric):
     check(torch.randn(33, d), torch.randn(150, d), metric)
 
 
-@pytest.mark.parametrize("d", [192, 256, 512, 1024])
-def test_indices_equal_float64_for_long_rows(check, d):
-    check(torch.randn(17, d), torch.randn(140, d))
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(17, 140, 192), (17, 140, 256), (17, 140, 512), (17, 140, 1024), (5, 20, 4100)]
+)
+def test_indices_equal_float64_for_long_rows(check, n, k, d):
+    check(torch.randn(n, d), torch.randn(k, d))
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 8, 127, 128, 129, 507])
@@ -137,6 +140,21 @@ def test_indices_do_not_depend_on_the_configuration(d, target):
     indices, n_open = certified_search(x[None], pack_codebook(codebook, config=config))
     assert torch.equal(indices[0], reference.nearest_code(x, codebook))
     assert n_open <= 3
+
+
+def test_small_tiles_of_the_first_scan_leave_no_code_out_of_the_second(monkeypatch):
+    """Ranges of an odd number of steps of 32 codes, against steps of 64 in the second scan."""
+    x, codebook = torch.randn(30, 16), torch.randn(5, 16).repeat(32, 1) + 1e-4 * torch.randn(160, 16)
+    monkeypatch.setattr(rescan, "rescan_config", lambda width: RescanConfig(block_n=64))
+    packed = pack_codebook(codebook, config=ScanConfig(block_n=32, block_d=16))
+    indices, n_open = certified_search(x[None], packed)
+    assert torch.equal(indices[0], reference.nearest_code(x, codebook))
+    assert n_open > 10
+
+
+def test_columns_per_product_have_to_divide_the_rows():
+    with pytest.raises(ValueError, match=r"config.block_d must divide the 16 columns of packed rows, got 64"):
+        pack_codebook(torch.randn(9, 16), config=ScanConfig())
 
 
 def test_ordinary_tokens_are_proved_without_float64(kernel_device):

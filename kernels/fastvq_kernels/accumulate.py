@@ -10,6 +10,7 @@ from torch import Tensor
 from .configs import ACCUMULATE, atomics_would_queue
 from .dense import dense
 from .ordered import ordered_statistics
+from .sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -65,7 +66,7 @@ def atomic_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor,
     sums = torch.zeros(n_codes, dim, dtype=torch.float32, device=x.device)
     if n_tokens:
         block_n, block_d = ACCUMULATE.blocks(dim)
-        accumulate_kernel[triton.cdiv(n_tokens, block_n), triton.cdiv(dim, block_d)](
+        accumulate_kernel[cdiv(n_tokens, block_n), cdiv(dim, block_d)](
             x, indices, counts, sums, n_tokens, n_codes, D=dim, BN=block_n, BD=block_d, num_warps=ACCUMULATE.num_warps
         )
     return counts.float(), sums

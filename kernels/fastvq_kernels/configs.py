@@ -7,6 +7,8 @@ from functools import cache
 import torch
 import triton
 
+from .sizes import cdiv, next_power_of_2
+
 # Tokens that share one scale and one residual bound; every scan tile lies inside one such tile.
 TOKEN_TILE = 256
 # Codes are padded to a multiple of this, and of the scan's own tile.
@@ -49,7 +51,7 @@ class ScanConfig:
 
 def padded_width(d: int) -> int:
     """Columns of the packed rows: a power of two up to 64 (one swizzle atom), then whole atoms."""
-    return max(16, triton.next_power_of_2(d)) if d <= 64 else triton.cdiv(d, 64) * 64
+    return max(16, next_power_of_2(d)) if d <= 64 else cdiv(d, 64) * 64
 
 
 def packed_width(d: int) -> int:
@@ -59,7 +61,7 @@ def packed_width(d: int) -> int:
 
 def column_chunk(d: int, most: int = 32) -> int:
     """Columns that are evaluated, or measured, at a time in fp32."""
-    return min(max(8, triton.next_power_of_2(d)), most)
+    return min(max(8, next_power_of_2(d)), most)
 
 
 def current_target() -> str:
@@ -132,6 +134,8 @@ def rescan_config(width: int, target: str | None = None) -> RescanConfig:
         # the products of 128 columns from 9 TB/s of L2 on. With these, tiles of 64 codes spill (Triton 3.6).
         if width == 128:
             return RescanConfig(block_m=64, block_n=32, num_warps=4, programs=2)
+        if width > 256 and width & (width - 1):  # offsets that are no shifts take the registers
+            return RescanConfig(block_m=64, block_n=32, num_warps=4, programs=2)
         return RescanConfig(block_m=64, few_n=32, num_warps=4, programs=2)
     return {
         "sm_80": RescanConfig(block_n=32),
@@ -150,7 +154,7 @@ class TileConfig:
 
     def blocks(self, dim: int) -> tuple[int, int]:
         """Rows and dimensions."""
-        block_d = min(self.block_d, triton.next_power_of_2(dim))
+        block_d = min(self.block_d, next_power_of_2(dim))
         return self.tile // block_d, block_d
 
 

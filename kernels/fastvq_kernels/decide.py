@@ -13,6 +13,7 @@ from .configs import all_registers, multiprocessors
 from .exact import NO_CODE, exact_value
 from .open import CANDIDATES, Open
 from .pack import PackedCodebook
+from .sizes import cdiv
 
 TOKENS = 4  # per program and step: one pair for each thread
 
@@ -49,7 +50,7 @@ def decide_kernel(
         b_hard = (m_i & (~few)).to(tl.int32)
         n_hard = tl.sum(b_hard, axis=0)
         if n_hard > 0:
-            o_list = tl.atomic_add(counts, n_hard) + tl.cumsum(b_hard, axis=0) - 1
+            o_list = tl.atomic_add(counts, n_hard, sem="relaxed") + tl.cumsum(b_hard, axis=0) - 1
             tl.store(hard_tokens + o_list, b_t, mask=b_hard > 0)
             b_line = tl.load(open_line + o_i, mask=b_hard > 0, other=0.0)
             tl.store(hard_line + o_list, b_line, mask=b_hard > 0)
@@ -77,7 +78,7 @@ def decide(x: Tensor, packed: PackedCodebook, left: Open, candidates: Tensor, in
         torch.empty(H * N, dtype=torch.float32, device=x.device),
         left.counts,
     )
-    decide_kernel[(min(triton.cdiv(8 * multiprocessors(x.device), H), triton.cdiv(N, TOKENS)), H)](
+    decide_kernel[(min(cdiv(8 * multiprocessors(x.device), H), cdiv(N, TOKENS)), H)](
         x, packed.codes, packed.norms, left.counts, left.tokens, left.line, left.found, candidates,
         indices, hard.tokens, hard.line,
         N, packed.codes.shape[1], D,

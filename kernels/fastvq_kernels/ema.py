@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .configs import EMA
 from .dense import dense
+from .sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -92,7 +93,7 @@ def ema_step(
     moved = N * decay + counts * (1 - decay)
     block_k, block_d = EMA.blocks(D)
     threshold, per_token = (restart_thres, 0.0) if restart_thres_relative is None else (0.0, restart_thres_relative / K)
-    ema_kernel[(triton.cdiv(K, block_k),)](
+    ema_kernel[(cdiv(K, block_k),)](
         embeddings, N, z_avg, moved, moved.sum(), dense(sums), rows if rows is None else dense(rows), found,
         K, decay, 1 - decay, smoothing, K * smoothing, threshold, per_token,
         D=D, BK=block_k, BD=block_d, RESETS=resets, num_warps=EMA.num_warps, enable_fp_fusion=False,

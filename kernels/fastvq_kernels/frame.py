@@ -10,6 +10,7 @@ from torch import Tensor
 from . import bounds
 from .configs import column_chunk
 from .powers import exp2_exact, power_of_two
+from .sizes import cdiv
 
 # Codes are measured by at most this many programs per chunk of columns; the last kernel reads what each of them found.
 MOST_PARTS = 128
@@ -117,11 +118,11 @@ def frame(codes: Tensor, inverse: Tensor, metric: str) -> tuple[Tensor, Tensor, 
     """
     H, K, D = codes.shape
     block_k, block_d = 64, column_chunk(D, 64)
-    parts = min(triton.cdiv(K, block_k), MOST_PARTS)
+    parts = min(cdiv(K, block_k), MOST_PARTS)
     measured = torch.empty(H, parts, 6, D, dtype=torch.float32, device=codes.device)
     shift = torch.empty(H, D, dtype=torch.float32, device=codes.device)
     scale, offset, mean_sq = (torch.empty(H, dtype=torch.float32, device=codes.device) for _ in range(3))
-    measure_columns_kernel[(parts, triton.cdiv(D, block_d), H)](
+    measure_columns_kernel[(parts, cdiv(D, block_d), H)](
         codes, inverse, measured, K, parts,
         D=D, BK=block_k, BD=block_d,
         WIDE=codes.dtype == torch.float64, UNIT=metric == "cosine", EUCLIDEAN=metric == "euclidean",

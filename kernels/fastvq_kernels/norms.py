@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv
+
 
 @triton.jit(do_not_specialize=["K"])
 def code_norms_kernel(codes, out, inverse, K, D, BK: tl.constexpr, LONGEST: tl.constexpr):
@@ -28,6 +30,4 @@ def code_norms(codes: Tensor, out: Tensor, inverse: Tensor) -> None:
     """Write sqrt(sum_j e_kj^2) of dense codes [H, K, D] to out [H, K] float64, and the inverse of it, 0 or inf."""
     H, K, D = codes.shape
     longest = 2.0**126 if inverse.dtype == torch.float32 else 2.0**1022
-    code_norms_kernel[(triton.cdiv(K, 128), H)](
-        codes, out, inverse, K, D, BK=128, LONGEST=longest, enable_fp_fusion=False
-    )
+    code_norms_kernel[(cdiv(K, 128), H)](codes, out, inverse, K, D, BK=128, LONGEST=longest, enable_fp_fusion=False)

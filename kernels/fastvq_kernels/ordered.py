@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import ORDERED
+from .sizes import cdiv
 
 
 @triton.jit
@@ -114,9 +115,9 @@ def ordered_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor
     # Few tokens need no second level; it runs all the same, so that no later batch has to compile it.
     while log_unit <= ORDERED.log_run or n_above:
         run = ORDERED.run << log_unit
-        n_above = triton.cdiv(n_tokens, run) if n_tokens >= run else 0
+        n_above = cdiv(n_tokens, run) if n_tokens >= run else 0
         above = torch.empty(n_above, dim, dtype=torch.float32, device=x.device)
-        grid = (triton.cdiv(n_codes, block_r) + triton.cdiv(n_above, block_r), triton.cdiv(dim, block_d))
+        grid = (cdiv(n_codes, block_r) + cdiv(n_above, block_r), cdiv(dim, block_d))
         sum_runs_kernel[grid](
             rows, indices, order, starts, sums, above, n_tokens, n_codes, log_unit,
             D=dim, BR=block_r, BD=block_d, LOG_RUN=ORDERED.log_run, TOKENS=log_unit == 0, num_warps=ORDERED.num_warps,

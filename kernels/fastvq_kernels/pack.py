@@ -12,6 +12,7 @@ from .configs import CODE_TILE, SPLIT_D, ScanConfig, packed_width, scan_config
 from .dense import dense
 from .frame import frame, unit_or_given
 from .norms import code_norms
+from .sizes import cdiv
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     split = D <= SPLIT_D
     DP = packed_width(D)
     config = config or scan_config(DP)
+    if DP % config.block_d:
+        raise ValueError(f"config.block_d must divide the {DP} columns of packed rows, got {config.block_d}")
     tile = max(config.block_n, CODE_TILE)
-    KP = triton.cdiv(K, tile) * tile
+    KP = cdiv(K, tile) * tile
     K_bias = KP + config.block_n
     unit, euclidean = metric == "cosine", metric == "euclidean"
     working = torch.float64 if codes.dtype == torch.float64 else torch.float32
@@ -162,7 +165,7 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     bias, fine = empty(H, K_bias, 2), empty(H, K_bias, 2)
     half_sq, length = empty(H, K), empty(H, K)
     block_k = 64
-    pack_codes_kernel[(triton.cdiv(K_bias, block_k), H)](
+    pack_codes_kernel[(cdiv(K_bias, block_k), H)](
         codes, inverse, shift, scale, offset, mean_sq, half, low, bias, fine, half_sq, length,
         K, KP, K_bias,
         D=D, DP=DP, BK=block_k, BD=min(DP, 32),

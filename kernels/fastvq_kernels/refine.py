@@ -11,6 +11,7 @@ from .open import CANDIDATES, Open, no_open, store_open
 from .pack import PackedCodebook, load_code
 from .powers import ratio
 from .scan import Bins
+from .sizes import cdiv
 from .tokens import PackedTokens, load_shifted
 
 # Per program.
@@ -186,7 +187,7 @@ def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins:
     indices = torch.empty(H, N, dtype=torch.int64, device=x.device)
     left = no_open(N, packed_tokens, packed.split)
     DP = packed_tokens.rows.shape[2]
-    refine_kernel[(triton.cdiv(N, TOKENS), H)](
+    refine_kernel[(cdiv(N, TOKENS), H)](
         x, packed_tokens.rows, packed.codes, packed.inverse, packed.shift, packed.scale,
         packed_tokens.scale, packed_tokens.weight, packed_tokens.norm,
         packed.bias, packed.half_sq, packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,

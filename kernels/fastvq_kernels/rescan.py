@@ -13,6 +13,7 @@ from .configs import all_registers, multiprocessors, rescan_config
 from .open import CANDIDATES, Open
 from .pack import PackedCodebook
 from .scan import Bins
+from .sizes import cdiv
 from .tokens import PackedTokens
 
 
@@ -160,7 +161,7 @@ def rescan(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Open)
     device = tokens.rows.device
     candidates = torch.empty(H, N, CANDIDATES, dtype=torch.int32, device=device)
     programs = config.programs * multiprocessors(device) if device.type == "cuda" else 2
-    rescan_kernel[(triton.cdiv(programs, H), H)](
+    rescan_kernel[(cdiv(programs, H), H)](
         tokens.rows, left.low, packed.half, packed.low, packed.fine, bins.best, bins.rest, bins.winner,
         left.counts, left.tokens, left.factors, left.found, candidates,
         N, N_pad, packed.codes.shape[1], KP, packed.fine.shape[1],

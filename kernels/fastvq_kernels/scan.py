@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import TOKEN_TILE, multiprocessors
+from .configs import CODE_TILE, TOKEN_TILE, multiprocessors
 from .pack import PackedCodebook
 from .powers import ratio
+from .sizes import cdiv
 from .tokens import PackedTokens
 
 
@@ -235,9 +236,11 @@ def scan(tokens: PackedTokens, n: int, packed: PackedCodebook) -> Bins:
     BD = config.block_d
     BM, BN = config.block_m, config.block_n
     steps = KP // BN
-    tiles = triton.cdiv(n, BM)
-    per_split = triton.cdiv(steps, splits(H * tiles, steps, config.lanes, tokens.rows.device))
-    S = triton.cdiv(steps, per_split)
+    tiles = cdiv(n, BM)
+    per_split = cdiv(steps, splits(H * tiles, steps, config.lanes, tokens.rows.device))
+    whole = max(1, CODE_TILE // BN)  # the second scan walks over the ranges in larger steps
+    per_split = cdiv(per_split, whole) * whole
+    S = cdiv(steps, per_split)
     best = torch.empty(H, N_pad, S, config.lanes, dtype=torch.float32, device=tokens.rows.device)
     rest, winner = torch.empty_like(best), torch.empty_like(best, dtype=torch.int32)
     rows, codes = tokens.rows.view(H * N_pad, DP), packed.half.view(H * KP, DP)

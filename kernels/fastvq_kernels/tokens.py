@@ -13,6 +13,7 @@ from torch import Tensor
 from . import bounds
 from .configs import TOKEN_TILE
 from .powers import exp2_exact, power_of_two
+from .sizes import cdiv
 
 if TYPE_CHECKING:
     from .pack import PackedCodebook
@@ -118,7 +119,7 @@ def pack_tokens(x: Tensor, packed: PackedCodebook) -> PackedTokens:
     """Pack dense x [H, N, D] for `packed`."""
     H, N, D = x.shape
     DP = packed.half.shape[-1]
-    tiles = triton.cdiv(N, TOKEN_TILE)
+    tiles = cdiv(N, TOKEN_TILE)
     rows = torch.empty(H, tiles * TOKEN_TILE, DP, dtype=torch.float16, device=x.device)
     norm = torch.empty(H, tiles * TOKEN_TILE, dtype=torch.float32, device=x.device)
     scale = torch.empty(H, tiles, dtype=torch.float32, device=x.device)
