@@ -90,13 +90,14 @@ def rebuild(
 
 def measure(names: Sequence[str], options: Options, out: Path) -> None:
     """Run benchmarks by name, then write and print what the store has of them."""
+    with _user_errors():
+        plans = [PLANS[name].plan(options) for name in names]
     out.mkdir(parents=True, exist_ok=True)
     store = Store(out / "results.json")
     store.measured_on(facts(options.device))
     if options.device.type == "cpu":
         limit_memory()
     console = Console(stderr=True)
-    plans = [PLANS[name].plan(options) for name in names]
     try:
         if set(names) & {"search", "train", "scaling"}:
             run("roofline", roofline.plan(options), store, console)

@@ -25,7 +25,7 @@ _HALF = ("seed in half", "half product")
 
 def plan(options: Options) -> list[Group]:
     """One group per dtype and offset, in standard deviations of tokens and codes, which all have the same offset."""
-    problem = options.shapes[0] if options.shapes else _USUAL
+    problem = options.only_shape("accuracy") or _USUAL
     problem = replace(problem, heads=1, metric="euclidean", tokens=min(problem.tokens, _USUAL.tokens))
     if options.quick:
         problem = replace(problem, tokens=min(problem.tokens, _QUICK_TOKENS))

@@ -37,10 +37,10 @@ _WARM_UP = {"tokens": 8192, "codes": 256}
 
 
 def plan(options: Options) -> list[Group]:
-    """One group per contender, operation and number of codes; tokens and dim are those of the first shape asked for."""
+    """One group per contender, operation and number of codes; tokens and dim are those of the shape asked for."""
     problem = replace(_USUAL, dtype=options.dtype or torch.float32)
-    if options.shapes:
-        problem = replace(problem, tokens=options.shapes[0].tokens, dim=options.shapes[0].dim)
+    if shape := options.only_shape("memory"):
+        problem = replace(problem, tokens=shape.tokens, dim=shape.dim)
     elif options.quick:
         problem = replace(problem, tokens=_QUICK_TOKENS)
     problem = replace(problem, name=f"{problem.tokens}×K×{problem.dim}")

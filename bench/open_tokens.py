@@ -175,7 +175,7 @@ _HEADINGS = ("shape", "K×D", "data", "tokens", "% by the scan", "% by two codes
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table for the README: Gaussian data and photographs."""
+    """The stored counts as Markdown: Gaussian data and photographs."""
     lines = [_HEADINGS, ["---"] * len(_HEADINGS), *(table_cells(row) for row in rows if row["data"] != "near")]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

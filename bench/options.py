@@ -12,7 +12,7 @@ from bench.problems import NAMED, Problem, for_cpu, parse_problems, plain
 from fastvq.info import pick_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LEAST_REPEATS = {"cpu": 5, "cuda": 25}
+_USUAL_REPEATS = {"cpu": 5, "cuda": 25}
 _QUICK_TOKENS = 2048
 
 
@@ -56,7 +56,7 @@ class Options:
             DTYPES.get(dtype),
             tuple(parse_problems(shapes)) or None,
             names or None,
-            repeats or _LEAST_REPEATS[where.type],
+            repeats or _USUAL_REPEATS[where.type],
             quick,
         )
 
@@ -68,6 +68,16 @@ class Options:
             return problems
         cut = [for_cpu(problem, _QUICK_TOKENS) if self.quick else for_cpu(problem) for problem in problems]
         return [now if was.name in NAMED else was for was, now in zip(problems, cut, strict=True)]
+
+    def only_shape(self, benchmark: str) -> Problem | None:
+        """The shape asked for, if any, of a benchmark that takes one.
+
+        Raises:
+            ValueError: more than one was asked for.
+        """
+        if self.shapes and len(self.shapes) > 1:
+            raise ValueError(f"shapes must be one for {benchmark}, got {len(self.shapes)}")
+        return self.shapes[0] if self.shapes else None
 
     def names(self, operation: str, extra: Sequence[str] = ()) -> list[str]:
         """Contenders asked for, or all that offer ``"search"`` or ``"train"`` and ``extra``."""

@@ -25,11 +25,10 @@ _QUICK_AXES = {"tokens": (256, 1024, 4096), "codes": (512, 2048, 8192), "dim": (
 
 
 def plan(options: Options) -> list[Group]:
-    """One group per axis and value; the other two sizes stay at those of the first shape asked for, or the usual."""
+    """One group per axis and value; the other two sizes stay at those of the shape asked for, or the usual."""
     centre = replace(_QUICK_CENTRE if options.quick else _CENTRE, dtype=options.dtype or torch.float32)
-    if options.shapes:
-        first = options.shapes[0]
-        centre = replace(centre, tokens=first.tokens, codes=first.codes, dim=first.dim)
+    if shape := options.only_shape("scaling"):
+        centre = replace(centre, tokens=shape.tokens, codes=shape.codes, dim=shape.dim)
     centre = replace(centre, name=centre.size)
     groups = []
     for axis, values in (_QUICK_AXES if options.quick else _AXES).items():

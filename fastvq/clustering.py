@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastvq import distributed
-from fastvq.functional import check_count, check_floating, check_mask, code_statistics, nearest_code
+from fastvq.checks import check_count, check_floating, check_mask
+from fastvq.functional import code_statistics, nearest_code
 from fastvq.seeding import TokenBatches, draw_rows, pick_codes
 from fastvq.unit import unit, unit_or
 

@@ -1,4 +1,4 @@
-"""A first scan in bfloat16, where the processor multiplies such matrices several times faster than float32.
+"""A first scan in bfloat16, where the processor multiplies such matrices faster than float32.
 
 It names the groups of codes that can win, whose codes are scored again in float32. Tokens for which it names too many
 are searched in float32 altogether. :mod:`fastvq.rounded` derives the bounds.
@@ -50,8 +50,8 @@ _TOKENS_PER_PRODUCT = 512
 _MULTIPLE = 128
 # With more, the three terms of the bound are not covered by the precision to spare.
 _MOST_COLUMNS = 1 << 14
-# Products are shifted by the best that a few codes of one in so many groups have to offer: any that is not far off
-# leaves less to round than what rounding the operands costs.
+# Products are shifted by the best score among a few codes of one in so many groups. A rough shift will do: what is left
+# to round then costs less than rounding the operands.
 _GROUPS_PER_SAMPLE, _CODES_PER_SAMPLE = 64, 8
 # To score the codes of more groups again, one in so many, takes longer than to search all codes in float32. Bounds the
 # memory of what is rescored.

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fastvq import ops, restart
 from fastvq.backends import BACKENDS
+from fastvq.checks import check_count, check_mask
 from fastvq.clustering import Batches, cluster, flatten
 from fastvq.collect import Seen, Update, collect
-from fastvq.functional import check_count, check_floating, check_mask, pass_through, search_codes
+from fastvq.functional import pass_through, search_codes
 from fastvq.kept import KeptCodebook
 from fastvq.layout import as_given, tokens_last
 from fastvq.reference import Quantized
@@ -28,7 +29,9 @@ _METRICS = ("euclidean", "cosine")
 
 
 class EMACodebook(CodebookState):
-    """Vector quantizer whose codes follow the tokens they win; a drop-in for ESM3's and VideoGPT's class.
+    """Vector quantizer whose codes follow the tokens they win; a drop-in for ESM3's class.
+
+    Checkpoints of VideoGPT's and TATS's ``Codebook`` load too.
 
     A training step, with ``γ = ema_decay``, ``n_k`` tokens won by code k and ``s_k`` their sum over all ranks::
 
@@ -209,7 +212,6 @@ class EMACodebook(CodebookState):
     def _candidates(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """All tokens ``[n, D]`` float32, as the codebook learns from them, and which may become a code ``[n]``."""
         tokens = tokens_last(z, self.embedding_dim, self.channel_first).detach()
-        check_floating("z", tokens)
         check_mask(mask, tokens)
         return flatten(tokens, mask, self.metric)
 

@@ -3,7 +3,7 @@
 1. *Scan*: a float32 matrix product writes upper bounds of the scores of some tokens against some codes into a buffer
    of which every thread finds its part in its own cache, and only the largest bound of each group of codes is kept
    (:mod:`fastvq.groups`). That names groups, nearly always one; up to 2,048 codes, seen as a table, the largest bounds
-   of rows and columns name codes (:mod:`fastvq.table`). Processors that multiply bfloat16 several times faster scan in
+   of rows and columns name codes (:mod:`fastvq.table`). Processors that multiply bfloat16 faster scan in
    it first (:mod:`fastvq.coarse`), which names more groups.
 2. *Rescore*, after groups: the product is made again, in float32, the codes of a group with all its tokens, and names
    codes.
@@ -63,8 +63,8 @@ _MOST_COLUMNS = 1 << 20
 # Tokens are searched in blocks of so many, and so many values (8 MiB).
 _TOKENS_PER_BLOCK = 8192
 _VALUES_PER_BLOCK = 1 << 21
-# The C library gives what is freed back to the system, unless larger blocks have come and gone before, like this one,
-# nearly the largest that counts, which nobody touches. Pages that came anew with each search were a fifth of its time.
+# glibc returns freed blocks to the system until a larger one has been freed: this untouched one, just under its limit
+# of 32 MiB, raises that threshold. Fresh pages cost a fifth of each search.
 torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
@@ -105,9 +105,9 @@ def nearest_code(
 ) -> Tensor:
     """Exactly :func:`fastvq.reference.nearest_code`, several times faster than materialising ``[N, K]``.
 
-    Memory beyond a few numbers per token does not grow with N, nor with K unless the packed codebook is kept: a part of
-    it, of 4 MiB up to 64 dimensions and of at most 32, half as much again where it is scanned in bfloat16, some 10 MiB
-    for a block of tokens, and 1 to 4 per thread.
+    Memory beyond a few numbers per token does not grow with N, nor with K unless the packed codebook is kept or a
+    tensor is float64: a part of it, of 4 to 6 MiB from 4 to 64 dimensions (12 with one) and of at most 32, half as much
+    again where it is scanned in bfloat16, some 10 MiB for a block of tokens, and 1 to 4 per thread.
 
     Args:
         x: tokens ``[N, D]``, any floating dtype.

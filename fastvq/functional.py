@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastvq import ops
-from fastvq.backends import METRICS, choose_backend
+from fastvq.backends import choose_backend
+from fastvq.checks import (
+    check_codebook,
+    check_count,
+    check_floating,
+    check_mask,
+    check_range,
+    check_same_device,
+    check_search,
+    describe,
+)
 from fastvq.kept import KeptCodebook
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss
-from fastvq.tracing import is_traced
 
 # Distances are computed in pieces of this many float64 values (8 MiB).
 _DISTANCE_VALUES = 1 << 20
@@ -81,7 +89,7 @@ def search_codes(
     x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: str, kept: KeptCodebook | None = None
 ) -> Tensor:
     """:func:`nearest_code` with what ``kept`` remembers of the codebook ``[K, D]``."""
-    _check_search(x, codebook, metric)
+    check_search(x, codebook, metric)
     check_mask(mask, x)
     choose_backend(x.device, backend)
     tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
@@ -147,17 +155,17 @@ def code_statistics(
     """
     check_floating("x", x)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        raise TypeError(f"indices must be an int64 tensor, got {_describe(indices)}")
+        raise TypeError(f"indices must be an int64 tensor, got {describe(indices)}")
     if indices.shape != x.shape[:-1]:
         raise ValueError(f"indices must be {list(x.shape[:-1])} to match x, got {list(indices.shape)}")
-    _check_same_device("indices", indices, x)
+    check_same_device("indices", indices, x)
     check_count("n_codes", n_codes, 1)
     if heads and x.dim() < 2:
         raise ValueError(f"x must be [heads, ..., D] with heads, got {list(x.shape)}")
     check_mask(mask, x)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
-    _check_range(indices, n_codes)
+    check_range(indices, n_codes)
     leading = x.shape[:1] if heads else ()
     if heads:
         first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
@@ -227,12 +235,12 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
             ``indices`` leave their range.
     """
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"indices must be an int64 or int32 tensor, got {_describe(indices)}")
-    _check_codebook(codebook)
-    _check_same_device("indices", indices, codebook)
+        raise TypeError(f"indices must be an int64 or int32 tensor, got {describe(indices)}")
+    check_codebook(codebook)
+    check_same_device("indices", indices, codebook)
     if codebook.dim() == 3 and indices.shape[:1] != codebook.shape[:1]:
         raise ValueError(f"indices must be [{len(codebook)}, ...] to match codebook, got {list(indices.shape)}")
-    _check_range(indices, codebook.shape[-2])
+    check_range(indices, codebook.shape[-2])
     return torch.where(indices[..., None] < 0, 0, _gather(indices, codebook))
 
 
@@ -243,76 +251,3 @@ def _gather(indices: Tensor, codebook: Tensor) -> Tensor:
         heads = torch.arange(len(codebook), device=codebook.device)
         return codebook[heads.view(-1, *[1] * (rows.dim() - 1)), rows]
     return torch.nn.functional.embedding(rows, codebook)
-
-
-def _check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
-    check_floating("x", x)
-    _check_codebook(codebook)
-    if x.shape[-1] != codebook.shape[-1]:
-        raise ValueError(
-            f"codebook must be {_expected_codebook(codebook, x.shape[-1])} to match x, got {list(codebook.shape)}"
-        )
-    if codebook.dim() == 3 and (x.dim() < 2 or x.shape[0] != codebook.shape[0]):
-        raise ValueError(
-            f"x must be [{codebook.shape[0]}, ..., {x.shape[-1]}] to match the heads of codebook, got {list(x.shape)}"
-        )
-    _check_same_device("codebook", codebook, x)
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
-
-
-def _check_codebook(codebook: Tensor) -> None:
-    check_floating("codebook", codebook)
-    if codebook.dim() not in (2, 3):
-        raise ValueError(f"codebook must be [n_codes, D] or [heads, n_codes, D], got {list(codebook.shape)}")
-    if 0 in codebook.shape:
-        raise ValueError(f"codebook must hold at least one code, got {list(codebook.shape)}")
-
-
-def _expected_codebook(codebook: Tensor, dim: int) -> str:
-    return f"[n_codes, {dim}]" if codebook.dim() == 2 else f"[heads, n_codes, {dim}]"
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Raises where ``value`` is not an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {_describe(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def check_floating(name: str, value: Tensor) -> None:
-    """Raises where ``value`` is not a floating tensor ``[..., D]`` with D ≥ 1."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
-    if value.dim() == 0 or value.shape[-1] == 0:
-        raise ValueError(f"{name} must have a last dimension of at least 1, got {list(value.shape)}")
-
-
-def _check_same_device(name: str, value: Tensor, other: Tensor) -> None:
-    if value.device != other.device:
-        raise ValueError(f"{name} must be on {other.device} like the other tensor, got {value.device}")
-
-
-def _check_range(indices: Tensor, n_codes: int) -> None:
-    """Raises where one is outside ``[-1, n_codes)``; another device than the CPU would have to be waited for."""
-    if indices.device.type != "cpu" or is_traced(indices) or indices.numel() == 0:
-        return
-    least, most = (int(end) for end in torch.aminmax(indices))
-    if least < -1 or most >= n_codes:
-        raise ValueError(f"indices must be in [-1, {n_codes}), got {least if least < -1 else most}")
-
-
-def check_mask(mask: Tensor | None, x: Tensor) -> None:
-    """Raises where ``mask`` is not a boolean tensor of the leading shape of ``x``."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a boolean tensor, got {_describe(mask)}")
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask must be {list(x.shape[:-1])}, the leading shape of x, got {list(mask.shape)}")
-    _check_same_device("mask", mask, x)
-
-
-def _describe(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

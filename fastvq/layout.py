@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvq.checks import describe
+
 
 def tokens_last(z: Tensor, dim: int, channel_first: bool) -> Tensor:
     """A view ``[..., D]`` of ``z``.
@@ -19,9 +21,7 @@ def tokens_last(z: Tensor, dim: int, channel_first: bool) -> Tensor:
         ValueError: ``z`` has another shape.
     """
     if not isinstance(z, Tensor) or not z.is_floating_point():
-        raise TypeError(
-            f"z must be a floating-point tensor, got {z.dtype if isinstance(z, Tensor) else type(z).__name__}"
-        )
+        raise TypeError(f"z must be a floating-point tensor, got {describe(z)}")
     if channel_first:
         if z.dim() < 2 or z.shape[1] != dim:
             raise ValueError(f"z must be [b, {dim}, ...] to match embedding_dim, got {list(z.shape)}")

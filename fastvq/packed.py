@@ -145,12 +145,9 @@ def pack_tokens(x: Tensor, frame: Frame, out: Tensor) -> Tensor:
     return torch.stack([-2 * c * a, torch.full_like(a, -2 * c), -slack])
 
 
-def raise_lower(
-    lower: Tensor, maxima: Tensor, packed: PackedCodebook, to_lower: Tensor, out: Tensor | None = None
-) -> None:
+def raise_lower(lower: Tensor, maxima: Tensor, packed: PackedCodebook, to_lower: Tensor) -> None:
     """Raise ``lower [n]``, lower bounds of what the best code scores, by the largest upper bounds of groups.
 
-    Of ``maxima [groups, n]`` less ``2c(a·b + h)`` and the slack, with the largest norms of each group, the largest. The
-    differences take the place of ``out``, which may be ``maxima``.
+    Of ``maxima [groups, n]`` less ``2c(a·b + h)`` and the slack, with the largest norms of each group, the largest.
     """
-    torch.maximum(lower, torch.addmm(maxima, packed.norms, to_lower, out=out).amax(0), out=lower)
+    torch.maximum(lower, torch.addmm(maxima, packed.norms, to_lower).amax(0), out=lower)

@@ -115,7 +115,6 @@ def test_every_training_step_finds_the_nearest_codes_and_moves_them(name):
     assert torch.equal(prepared.call(0), torch.cdist(x, codebook).argmin(1))
     for _ in range(200):
         indices = prepared.call(0)
-    assert len(indices.unique()) <= 40
     assert not torch.equal(indices, torch.cdist(x, codebook).argmin(1))  # the codes have moved
 
 
@@ -313,6 +312,7 @@ def test_an_interrupted_run_keeps_what_is_done_and_ends_with_130(tmp_path):
         (["search", "--contenders", "annoy"], "annoy"),
         (["train", "--repeats", "0"], "--repeats"),
         (["memory", "--shapes", "huge"], "huge"),
+        (["memory", "--shapes", "esm3,9x8x7"], "shapes must be one for memory, got 2"),
         (["accuracy", "--dtype", "int8"], "int8"),
         (["report", "absent.json"], "absent.json"),
     ],

@@ -107,10 +107,3 @@ def test_lookups():
         module.dictionary_lookup(torch.tensor([3, -1])), torch.stack([module.embeddings[3], torch.zeros(4)])
     )
     assert module.reset_parameters() is None
-
-
-def test_usage_and_perplexity_come_from_the_counts():
-    module = fastvq.EMACodebook(4, 2)
-    module.N.copy_(torch.tensor([3.0, 3, 0, 0]))
-    assert module.usage == 0.5
-    assert torch.allclose(module.perplexity, torch.tensor(2.0))

@@ -155,14 +155,6 @@ def test_initialisation_by_kmeans_asks_to_be_called_before_compilation():
     assert compiled(z).loss < module.embeddings.var()
 
 
-def test_module_exports_in_evaluation():
-    module = fastvq.EMACodebook(24, 8).eval()
-    z = torch.randn(4, 30, 8)
-    exported = torch.export.export(module, (z,))
-    for a, b in zip(exported.module()(z), module(z), strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
 def test_a_traced_module_answers_for_other_tokens():
     module = fastvq.EMACodebook(300, 16).eval()

@@ -242,7 +242,7 @@ def test_wrong_tokens_are_named():
         module = fastvq.EMACodebook(10, 4, channel_first=channel_first)
         with pytest.raises(ValueError, match=message + r" to match embedding_dim, got \[2, 3, 5\]"):
             module(torch.randn(2, 3, 5))
-        for wrong, name in (([1.0], "list"), (torch.ones(2, 4, 4, dtype=torch.int64), "torch.int64")):
+        for wrong, name in (([1.0], "list"), (torch.ones(2, 4, 4, dtype=torch.int64), "a tensor of torch.int64")):
             with pytest.raises(TypeError, match=f"z must be a floating-point tensor, got {name}"):
                 module.eval()(wrong)
 

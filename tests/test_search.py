@@ -56,7 +56,7 @@ def brute_force(x, codebook, metric):
             for a, b in zip(token, code, strict=True):
                 total += a * b
                 norm += b * b
-            scores.append(total if metric == "dot" else (total / norm**0.5 if norm else 0.0))
+            scores.append(total if metric == "dot" else (total / math.sqrt(norm) if norm else 0.0))
         indices.append(scores.index(max(scores)))
     return torch.tensor(indices)
 

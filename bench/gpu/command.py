@@ -1,7 +1,7 @@
 """Exactness and speed on a GPU in one call: `python -m bench.gpu --out DIR`.
 
-Needs an NVIDIA GPU, PyTorch and Triton, no network and no installation beyond `PYTHONPATH=.:kernels`. Stages run in
-the order of their importance, each in a process of its own, so that one that crashes or hangs takes nothing with it.
+Needs an NVIDIA GPU, PyTorch, Triton and rich, no network and no installation beyond `PYTHONPATH=.:kernels`. Stages run
+in the order of their importance, each in a process of its own, so that one that crashes or hangs takes nothing with it.
 The first use of each kernel compiles it, on all cores.
 Results are in DIR/gpu.json, which is replaced after every stage, and in DIR/summary.md, which is printed last.
 Exit code 1: an index was wrong, a check failed, or a stage did not end; stages cut for time do not count.
@@ -41,7 +41,6 @@ from bench.machine import facts
 from bench.store import write_json
 from fastvq.info import pick_device
 
-_ROOT = Path(__file__).parents[2]
 # Starting Python, PyTorch and a CUDA context.
 _START_SECONDS = 8.0
 # After its limit a stage finishes the row it is at.

@@ -23,7 +23,7 @@ from fastvq_kernels.configs import TOKEN_TILE, ScanConfig, scan_config
 WIDTHS = {64: 64, 128: 128, 16: 4, 32: 8, 256: 256, 512: 512, 192: 192, 1024: 1024}
 _TOKENS, _CODES = 131_072, 8192
 
-# Values tried for a field. A field that is not listed is tried the other way round, or halved and doubled.
+# Values tried for a field; what is true or false is tried the other way round.
 _VALUES: dict[str, tuple[Any, ...]] = {
     "block_m": (64, 128, 256),
     "block_n": (32, 64, 128, 256),
@@ -72,14 +72,7 @@ def variations(width: int) -> list[ScanConfig]:
 def _single(default: ScanConfig) -> Iterator[dict[str, Any]]:
     for field in dataclasses.fields(ScanConfig):
         now = getattr(default, field.name)
-        if field.name in _VALUES:
-            values = _VALUES[field.name]
-        elif isinstance(now, bool):
-            values = (not now,)
-        elif isinstance(now, int):
-            values = (now // 2, 2 * now) if now else ()
-        else:
-            values = ()
+        values = (not now,) if isinstance(now, bool) else _VALUES[field.name]
         yield from ({field.name: value} for value in values)
 
 
@@ -88,16 +81,8 @@ def _block_d(width: int) -> list[int]:
 
 
 def _applied(default: ScanConfig, changes: list[dict[str, Any]]) -> list[ScanConfig]:
-    known = {field.name for field in dataclasses.fields(ScanConfig)}
-    configs: list[ScanConfig] = []
-    for change in changes:
-        try:
-            config = replace(default, **{name: value for name, value in change.items() if name in known})
-        except (TypeError, ValueError):  # the class itself refuses it
-            continue
-        if config not in configs and TOKEN_TILE % getattr(config, "block_m", TOKEN_TILE) == 0:
-            configs.append(config)
-    return configs
+    configs = [replace(default, **change) for change in changes]
+    return [config for config in dict.fromkeys(configs) if TOKEN_TILE % config.block_m == 0]
 
 
 def sweep(stage: Stage) -> None:
