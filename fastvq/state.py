@@ -99,12 +99,13 @@ class CodebookState(nn.Module):
 
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            self._dtype = moved.dtype
             if tensor.is_meta and not moved.is_meta:
                 return moved.zero_()  # what `to_empty` leaves is no state
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self.reset_cache()
+        # The buffers do not tell a cast to float32 from a move.
+        self._dtype = fn(self.embeddings.new_empty(0, dtype=self._dtype)).dtype
         super()._apply(keep_float32, recurse)
         return self
 

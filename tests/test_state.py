@@ -93,7 +93,7 @@ def assert_equal_state(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_lookups_fit_the_model_that_was_cast(dtype):
-    module = fastvq.EMACodebook(12, 4).to(dtype)
+    module = fastvq.EMACodebook(12, 4).to(dtype).to("cpu").share_memory()
     weights = torch.rand(3, 12, dtype=dtype)
     assert module.dictionary_lookup(torch.tensor([1])).dtype == dtype
     mixtures = module.soft_codebook_lookup(weights)
