@@ -119,7 +119,7 @@ def search_kernels(
         measured = {"INFLATE": bounds.norm_inflation(dim), "TINY": bounds.TINY, "UP": bounds.UP}
         float32 = {"WIDE_X": False, "WIDE_E": False, "CERTIFIED": dim <= bounds.MAX_CERTIFIED_D}
         errors = {
-            "E": bounds.refinement(dim, 32),
+            "E": bounds.refinement(dim, 32) * bounds.UP,
             "UNIT_ERROR": unit_error,
             "ORACLE": 2 * bounds.ORACLE,
             "UP": bounds.UP,
@@ -127,18 +127,21 @@ def search_kernels(
         given = {"D": dim, "WIDE": False, "UNIT": unit, "EUCLIDEAN": euclidean}
         columns = {"BK": 64, "BD": column_chunk(dim, 64), **given}
         yield dim, _compile(frame.measure_columns_kernel, target, columns, 4)
-        parts = {"D": dim, "ROOT_D": dim**0.5, "PARTS": frame.MOST_PARTS, "BD": 32, "UP": bounds.UP}
+        parts = {"D": dim, "ROOT_D": dim**0.5 * bounds.UP, "PARTS": frame.MOST_PARTS, "BD": 32, "UP": bounds.UP}
         yield dim, _compile(frame.frame_kernel, target, parts, 4)
         balances = {"LAMBDA": bounds.balance(split), "LAMBDA_FINE": bounds.balance(True)}
-        slacks = {"ORACLE": bounds.ORACLE, "UNIT_ERROR": unit_error, "ERROR": 1e-5, "FINE_ERROR": 1e-6, **balances}
-        slacks |= {"REFINEMENT": bounds.refinement(dim, 32), "LONGEST": bounds.LONGEST}
+        slacks = {"ORACLE": bounds.ORACLE * bounds.UP, "UNIT_ERROR": unit_error, "LONGEST": bounds.LONGEST, **balances}
+        bias_errors = bounds.bias_error(dim, width), bounds.fine_bias_error(dim, width, split)
+        slacks |= dict(zip(("ERROR", "FINE_ERROR"), bias_errors if euclidean else (0.0, 0.0), strict=True))
+        slacks["REFINEMENT"] = bounds.refinement(dim, 32)
         codes = {"BK": 64, "UNIT": unit, "EUCLIDEAN": euclidean, **slacks}
         yield dim, _compile(pack.pack_codes_kernel, target, {**codes, **packing, **measured}, 4)
         scale = {"A": bounds.accumulation(width), "LAMBDA": bounds.balance(split)}
         rows = {"BT": TOKEN_TILE, "SHIFT": euclidean, **packing, **measured, **scale}
         yield dim, _compile(tokens.pack_tokens_kernel, target, rows, 8)
         layout = {"LANES": config.lanes, "TILE": TOKEN_TILE}
-        slack = {"SLACK": 2 + bounds.accumulation(width), "BIAS_ERROR": 4 * bounds.bias_error(dim, width)}
+        slack = {"SLACK": (2.0 + bounds.accumulation(width)) * bounds.UP}
+        slack["BIAS_ERROR"] = 4.0 * bounds.bias_error(dim, width) * bounds.UP
         two = {"BT": refine.TOKENS, "BINS": refine.BINS, "TILE": TOKEN_TILE, "SHIFT": euclidean, "UNIT": unit, **slack}
         fine = {"A_FINE": bounds.fine_accumulation(width), "LAMBDA_FINE": bounds.balance(True)}
         left = {"DP": width, "CANDIDATES": CANDIDATES, "SPLIT": split, **fine, **measured}

@@ -69,6 +69,15 @@ the codes are equal in float32; a code of `n_k >= LONGEST` is outside the range.
 
 import math
 
+import triton.language as tl
+
+# For kernels to name; the numbers below reach them as arguments, since they depend on D or are left out by some.
+ROUNDED = tl.constexpr(2.0**-22)  # shift, factors and cast round a value before its residual is measured
+LEFT_OUT = tl.constexpr(2.0**-10)  # of |e2|: x2.e2, which the three products leave out
+HALF_LIMIT = tl.constexpr(65000.0)  # below the largest fp16
+LARGEST = tl.constexpr(3.4028234663852886e38)  # fp32: h_k of a code outside the range
+IN_RANGE = tl.constexpr(3.0e38)  # what scores and bounds stay below
+
 ORACLE = 2.0**-40
 UNIT = 2.0**-21
 TINY = 2.0**-30

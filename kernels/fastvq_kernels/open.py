@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bounds import ROUNDED
 from .tokens import PackedTokens, load_shifted
 
 # Codes that the second scan may name per token: hardly a patch of a photograph has more.
@@ -41,7 +42,7 @@ def store_open(
             tl.store(low + (i_h * N + o_list)[:, None] * DP + o_d[None, :], b_low, mask=m_open[:, None])
         b_r -= b_low.to(tl.float32)
         b_res += tl.sum(b_r * b_r, axis=1)
-    b_rho = tl.sqrt(b_res) * INFLATE + b_X * 2.384185791015625e-07 + TINY
+    b_rho = tl.sqrt(b_res) * INFLATE + b_X * ROUNDED + TINY
     b_w = tl.maximum(b_rho + A * b_X, (1.0 + A) * b_X / LAMBDA) * (1.0 + A) * UP
     # Nothing is known about a token without a line: every code is a candidate, more than there is room for.
     lined = b_cut > float("-inf")

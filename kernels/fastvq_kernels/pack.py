@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
+from .bounds import HALF_LIMIT, LARGEST, LEFT_OUT, ROUNDED
 from .configs import CODE_TILE, SPLIT_D, ScanConfig, packed_width, scan_config
 from .dense import dense
 from .frame import frame, unit_or_given
@@ -91,11 +92,11 @@ def pack_codes_kernel(
         b_given = unit_or_given(p_e, 1.0, m_e, WIDE, False)
         b_finite = tl.minimum(b_finite, tl.min((tl.abs(b_given) < float("inf")).to(tl.int32), axis=1))
         b_e = load_code(p_e, b_inv, shift + i_h * D, o_c % D, m_c, m_e, b_scale, WIDE, UNIT)  # [BK, BD]
-        b_half = tl.where(tl.abs(b_e) < 65000.0, b_e, 0.0).to(tl.float16)
+        b_half = tl.where(tl.abs(b_e) < HALF_LIMIT, b_e, 0.0).to(tl.float16)
         b_r = b_e - b_half.to(tl.float32)
-        b_low = tl.where(tl.abs(b_r) < 65000.0, b_r, 0.0).to(tl.float16)
-        # Of x'.e' the three products leave out x2.e2, which counts as a residual: |x2| <= 2^-10 X.
-        b_r_fine = tl.abs(b_r - b_low.to(tl.float32)) + tl.abs(b_low.to(tl.float32)) * 0.0009765625
+        b_low = tl.where(tl.abs(b_r) < HALF_LIMIT, b_r, 0.0).to(tl.float16)
+        # Of x'.e' the three products leave out x2.e2, which counts as a residual.
+        b_r_fine = tl.abs(b_r - b_low.to(tl.float32)) + tl.abs(b_low.to(tl.float32)) * LEFT_OUT
         o_half = (i_h * KP + o_k)[:, None] * DP + o_c[None, :]
         if SPLIT:
             b_half = tl.where((o_c // D == 2)[None, :], b_low, b_half)
@@ -110,10 +111,9 @@ def pack_codes_kernel(
         tl.store(half + o_half, b_half, mask=(o_k < KP)[:, None])
 
     b_len = tl.sqrt(b_sq) * INFLATE
-    # 2^-22: the shift, the factors and the cast rounded b_e before its residual was taken. Then what the oracle rounds,
-    # and for cosine the unit vectors.
+    # What was rounded before the residual was taken, what the oracle rounds, and for cosine the unit vectors.
     b_raw = b_scale if UNIT else b_len + tl.load(offset + i_h)
-    b_more = b_len * 2.384185791015625e-07 + TINY + ORACLE * b_raw + UNIT_ERROR * b_scale
+    b_more = b_len * ROUNDED + TINY + ORACLE * b_raw + UNIT_ERROR * b_scale
     b_len += TINY
     b_G = (b_len + LAMBDA * (tl.sqrt(b_res) * INFLATE + b_more)) * UP
     b_G_fine = (b_len + LAMBDA_FINE * (tl.sqrt(b_res_fine) * INFLATE + b_more)) * UP
@@ -130,9 +130,9 @@ def pack_codes_kernel(
     tl.store(bias + p_bias, tl.where(inside, b_B, b_fixed), mask=m_bias)
     tl.store(bias + p_bias + 1, tl.where(inside, b_G, 0.0), mask=m_bias)
     # In the second scan a large number does, which may meet an infinite line.
-    tl.store(fine + p_bias, tl.where(inside, b_B_fine, tl.minimum(b_fixed, 3.4028234663852886e38)), mask=m_bias)
+    tl.store(fine + p_bias, tl.where(inside, b_B_fine, tl.minimum(b_fixed, LARGEST)), mask=m_bias)
     tl.store(fine + p_bias + 1, tl.where(inside, b_G_fine, 0.0), mask=m_bias)
-    b_h = tl.where(b_finite == 1, tl.where(inside, b_h, 3.4028234663852886e38), float("inf"))
+    b_h = tl.where(b_finite == 1, tl.where(inside, b_h, LARGEST), float("inf"))
     tl.store(half_sq + i_h * K + o_k, b_h, mask=m_k)
     tl.store(length + i_h * K + o_k, b_len + ORACLE / REFINEMENT * b_raw, mask=m_k)
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
+from .bounds import IN_RANGE
 from .configs import TOKEN_TILE, all_registers, column_chunk
 from .open import CANDIDATES, Open, no_open, store_open
 from .pack import PackedCodebook, load_code
@@ -47,7 +48,7 @@ def code_bounds(
     b_s = tl.sum(b_acc, axis=2) - b_c[:, None] * b_h  # [BT, G]
     b_err = E * (b_X[:, None] * b_n + b_c[:, None] * b_h) + UNIT_ERROR * b_X[:, None] * b_code_scale
     # A code outside the range can be anything; one with NaN, Inf or beyond K is nothing.
-    inside = (tl.abs(b_s) + b_err < 3.0e38) & (b_h < 3.0e38)
+    inside = (tl.abs(b_s) + b_err < IN_RANGE) & (b_h < IN_RANGE)
     never = b_h == float("inf")
     b_low = tl.where(inside & (~never), b_s - b_err, float("-inf"))
     b_high = tl.where(never, float("-inf"), tl.where(inside, b_s + b_err, float("inf")))

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bounds
+from .bounds import HALF_LIMIT, ROUNDED
 from .configs import TOKEN_TILE
 from .powers import exp2_exact, power_of_two
 from .sizes import cdiv
@@ -69,7 +70,7 @@ def pack_tokens_kernel(
         tl.minimum(b_b + 40, 120),
     )
     b_scale = exp2_exact(b_a)
-    b_inside &= b_largest * b_scale < 65000.0  # fp16 range, where the clamp held the exponent up
+    b_inside &= b_largest * b_scale < HALF_LIMIT  # fp16 range, where the clamp held the exponent up
 
     b_sq = tl.zeros([BT], tl.float32)
     b_res = tl.zeros([BT], tl.float32)
@@ -89,8 +90,8 @@ def pack_tokens_kernel(
         b_res += tl.sum(b_r * b_r, axis=1)
         tl.store(half + (i_h * N_pad + o_t)[:, None] * DP + o_c[None, :], b_half)
     b_len = tl.sqrt(b_sq) * INFLATE
-    # 2^-22: the shift, the cast and the scaling rounded b_y before its residual was taken.
-    b_rho = tl.sqrt(b_res) * INFLATE + b_len * 2.384185791015625e-07 + TINY
+    # The shift, the cast and the scaling rounded b_y before its residual was taken.
+    b_rho = tl.sqrt(b_res) * INFLATE + b_len * ROUNDED + TINY
     b_X = (b_len + b_rho) * UP
     b_w = tl.maximum(b_rho + A * b_X, (1.0 + A) * b_X / LAMBDA) * (1.0 + A) * UP
     tl.store(tile_scale + i_h * (N_pad // BT) + i_t, b_scale)
