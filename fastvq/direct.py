@@ -34,18 +34,22 @@ _COLUMNS = 64
 
 
 class _Codes(NamedTuple):
-    rows: Tensor  # [K', D] float32, of norm 1 for the cosine
-    bias: Tensor | None  # [K'] float32: what is added to the products
+    rows: Tensor  # [K, D] float32, of norm 1 for the cosine
+    bias: Tensor | None  # [K] float32: what is added to the products
     largest: float  # largest norm b; NaN or infinite where they cannot be compared
 
-    def scores(self, tokens: Tensor) -> Tensor:
-        """``[n, K']`` for tokens ``[n, D]``."""
-        return product(tokens, self.rows, self.bias)
+    def in_table(self, step: int) -> table.Table:
+        """For products with ``step`` tokens; codes that cannot win fill the last row."""
+        rows, bias = self.rows, self.bias
+        if lacking := -len(rows) % _COLUMNS:
+            bias = F.pad(rows.new_zeros(len(rows)) if bias is None else bias, (0, lacking), value=-math.inf)
+            rows = F.pad(rows, (0, 0, 0, lacking))
+        n_rows = len(rows) // _COLUMNS
+        return table.Table(lambda tokens: product(tokens, rows, bias), len(self.rows), n_rows, _COLUMNS, step)
 
-    @property
-    def table(self) -> tuple[int, int]:
-        """Its rows and columns."""
-        return len(self.rows) // _COLUMNS, _COLUMNS
+    def each(self) -> table.Each:
+        """For a single product with all tokens."""
+        return table.Each(lambda tokens: product(tokens, self.rows, self.bias))
 
 
 def fits(x: Tensor, codebook: Tensor) -> bool:
@@ -64,9 +68,9 @@ def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """
     n = len(x)
     indices = torch.empty(n, dtype=torch.int64, device=x.device)
-    step = even_pieces(n, product_values() // len(codebook))
-    one_by_one = n <= step
-    codes = _codes(codebook, metric, fill=not one_by_one)
+    step = even_pieces(n, product_values(x.shape[1]) // len(codebook))
+    codes = _codes(codebook, metric)
+    scored = codes.in_table(step) if n > step else codes.each()
     pairs, left, end = [], [], 0
     while end < n:
         # The first block is one product, and tells.
@@ -74,20 +78,16 @@ def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
         margin = _margin(tokens, codes.largest, metric)
         if math.isnan(margin):
             break
-        kept = codes.scores(tokens) if one_by_one else table.maxima(codes.scores, tokens, *codes.table, step)
+        kept = scored.maxima(tokens)
         limits = kept.amax(1, keepdim=True).sub_(margin)
         reaches = kept.ge_(limits)
-        numbers = table.only(reaches) if one_by_one else table.crossing(reaches, *codes.table)
+        numbers = scored.named(reaches)
         indices[end : end + len(tokens)] = numbers
         if float(numbers.amax()) >= table.ONE:
             several = (numbers >= table.ONE).nonzero()[:, 0]
             if len(several) > _MOST_SEVERAL * len(tokens) + _FEW_SEVERAL:
                 break
-            if one_by_one:
-                rows, candidates, crowded = table.named(reaches.index_select(0, several))
-                owners, crowded = several.index_select(0, rows), several.index_select(0, crowded)
-            else:
-                owners, candidates, crowded = table.reaching(codes.scores, tokens, limits, several, step)
+            owners, candidates, crowded = scored.reaching(tokens, limits, reaches, several)
             pairs.append((owners.add_(end), candidates))
             left.append(crowded.add_(end))
         end += len(tokens)
@@ -98,8 +98,8 @@ def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     return indices, torch.cat(left) if left else indices[:0]
 
 
-def _codes(codebook: Tensor, metric: str, fill: bool) -> _Codes:
-    """The codes, with such that cannot win to ``fill`` a table.
+def _codes(codebook: Tensor, metric: str) -> _Codes:
+    """The codes as they are compared.
 
     For the cosine they are divided by norms in float32, which moves a score by less than ``(D/2 + 4)u·a``: c has room
     for as much beside the error of the product.
@@ -113,9 +113,6 @@ def _codes(codebook: Tensor, metric: str, fill: bool) -> _Codes:
         rows = rows / norms[:, None]
         in_range = largest < LARGEST_NORM and norms.amin() > _LEAST_NORM
         largest = 1 + error_constant(rows.shape[1]) if in_range else math.nan
-    if fill and (lacking := -len(rows) % _COLUMNS):
-        rows = F.pad(rows, (0, 0, 0, lacking))
-        bias = F.pad(torch.zeros_like(norms) if bias is None else bias, (0, lacking), value=-math.inf)
     return _Codes(rows, bias, largest)
 
 

@@ -42,6 +42,7 @@ class PackedCodebook(NamedTuple):
     """Codes in groups of ``G``, padded with codes that cannot win; columns as in :mod:`fastvq.cpu`."""
 
     frame: Frame
+    n_codes: int
     rows: Tensor  # [groups, G, D + 2] float32
     norms: Tensor  # [groups, 3] float32: largest b_k and largest h_k of a group, 1
     rounded: RoundedCodebook | None
@@ -86,7 +87,7 @@ def pack(codebook: Tensor, frame: Frame, in_bfloat16: bool = False) -> PackedCod
         _pack_groups(codes, frame, rows[some], norms[some])
         if rounded:
             round_codes(rows[some], i, out=rounded)
-    return PackedCodebook(frame, rows, norms, rounded)
+    return PackedCodebook(frame, n_codes, rows, norms, rounded)
 
 
 def _pack_groups(codes: Tensor, frame: Frame, out: Tensor, largest: Tensor) -> None:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import math
+import platform
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A product of 1 MiB stays in the level-2 cache of a Xeon's core (2 MiB: half the speed). On an EPYC larger ones, in
-# fewer calls, take a twentieth to a tenth less time in float32, a twentieth in bfloat16 up to 32 coordinates.
-_BYTES_PER_THREAD = {
-    torch.float32: {None: 1 << 20, "AMX": 1 << 20, "AVX-512 BF16": 1 << 21},
-    torch.bfloat16: {None: 1 << 20, "AMX": 1 << 20, "AVX-512 BF16": 1 << 22},
-}
+
+def _is_amd() -> bool:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            described = file.read(1 << 10)  # of the first of maybe hundreds of cores
+    except OSError:  # not Linux
+        described = platform.processor()
+    return "AuthenticAMD" in described
+
+
+# There MKL, which ``torch.mm`` calls, uses half of the width of AVX-512, and multiplies few rows on one thread.
+_AMD = _is_amd()
+_AVX512_AMD = _AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"
+# A product of 1 MiB stays in the level-2 cache of a Xeon's core (2 MiB: half the speed). On an EPYC with AVX-512 larger
+# ones, in fewer calls, take a twentieth to a tenth less time in float32, a twentieth in bfloat16 up to 32 coordinates.
+_BYTES_PER_THREAD = {torch.float32: 1 << (21 if _AVX512_AMD else 20), torch.bfloat16: 1 << (22 if _AVX512_AMD else 20)}
+# On an EPYC without it twice as large ones take a tenth more of 64, but a fifth less up to so many; of these oneDNN
+# needs less time than MKL from so many results on: 0.6 of it with 640 x 1,024 x 8, 0.85 with 640 x 1,024 x 16, but 1.4
+# with 640 x 256 x 16, and 1.0 from 64 on.
+_FEW_COORDINATES = 40 if _AMD and not _AVX512_AMD else 0
+_MANY_RESULTS = 1 << 19
 # oneDNN compiles a product of a new size first, which takes half a millisecond: few sizes, whatever the tokens.
 _MULTIPLE = 16
-# Of fewer multiplications, or rows, it takes longer than MKL: 35 us each with 32 x 1,024 x 64, 15 us against 5 with
-# 16 x 256 x 32, 13 ms against 2 with 1 x 262,144 x 8.
+# With AVX-512 MKL needs less time only for fewer multiplications, or rows: 35 us each with 32 x 1,024 x 64, 5 against
+# 15 with 16 x 256 x 32, 2 ms against 13 with 1 x 262,144 x 8.
 _LEAST_WORK = 1 << 21
 _FEWEST = 9
 # So few rows MKL multiplies on one thread, unless it is given a product for each. From so many multiplications on that
@@ -33,28 +52,30 @@ def bfloat16_units() -> str | None:
     return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
-def product_values(dtype: torch.dtype = torch.float32) -> int:
-    """Values of a product of which every thread finds its part in the caches."""
-    return _BYTES_PER_THREAD[dtype][bfloat16_units()] // dtype.itemsize * torch.get_num_threads()
-
-
-def _mkl_is_slow() -> bool:
-    """Whether MKL, which ``torch.mm`` calls, uses half the width of the vectors and multiplies few rows on one thread.
-
-    It does where the processor is not Intel's, as are nearly all that multiply bfloat16 without AMX.
-    """
-    return bfloat16_units() == "AVX-512 BF16"
+def product_values(dim: float = math.inf, dtype: torch.dtype = torch.float32) -> int:
+    """Values of a product of ``dim`` coordinates of which every thread finds its part in the caches."""
+    times = 2 if dim <= _FEW_COORDINATES else 1
+    return times * _BYTES_PER_THREAD[dtype] // dtype.itemsize * torch.get_num_threads()
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a bᵀ + bias`` in float32, ``[m, n]``, for ``a [m, D]``, ``b [n, D]`` and ``bias [n]``."""
-    work = len(a) * b.numel()
-    if work >= _LEAST_PARALLEL and a.is_cpu and _mkl_is_slow():
-        if len(a) < _FEWEST:
-            return _in_parallel(a, b, bias)
-        if len(b) >= _FEWEST and work >= _LEAST_WORK and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if _AMD and a.is_cpu:
+        if _onednn_pays(a, b):
             return _by_onednn(a, b, bias)
+        if len(a) < _FEWEST and len(a) * b.numel() >= _LEAST_PARALLEL:
+            return _in_parallel(a, b, bias)
     return F.linear(a, b, bias)
+
+
+def _onednn_pays(a: Tensor, b: Tensor) -> bool:
+    m, (n, dim) = len(a), b.shape
+    there = torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if min(m, n) < _FEWEST or not there:
+        return False
+    if _AVX512_AMD:
+        return m * n * dim >= _LEAST_WORK
+    return dim <= _FEW_COORDINATES and m * n >= _MANY_RESULTS
 
 
 def _in_parallel(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,11 +9,12 @@ column do, it is the code where they cross, known without another look at the sc
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvq.candidates import MOST, Candidates, even_pieces, joined, places
+from fastvq.candidates import MOST, Candidates, even_pieces, places
 from fastvq.packed import PackedCodebook, pack_tokens, raise_lower
 from fastvq.products import product, product_values
 
@@ -22,7 +23,81 @@ MOST_CODES = 2048
 # What each row and column that reaches the limit adds to a sum, beside its number: the sum tells whether there is
 # another, and if not, which they are. Exact in float32 up to four of them.
 ONE = 2.0**22
-Scores = Callable[[Tensor], Tensor]  # of tokens [n, D]: [n, K]
+# Where more rows and columns reach, and cross, the scores are looked at again.
+_FEW_CROSSINGS = 16
+
+
+class Each(NamedTuple):
+    """Codes of which every score is kept, where there are few: used like a :class:`Table`."""
+
+    scores: Callable[[Tensor], Tensor]  # of tokens [n, D]: [n, K]
+
+    def maxima(self, tokens: Tensor) -> Tensor:
+        """The scores, ``[n, K]``."""
+        return self.scores(tokens)
+
+    def named(self, reaches: Tensor) -> Tensor:
+        """For ``reaches [n, K]``, zeros and ones, each with a one: its code, at least ONE where there are more."""
+        codes = torch.arange(ONE, ONE + reaches.shape[1], dtype=torch.float32, device=reaches.device)
+        return torch.mv(reaches, codes).sub_(ONE)
+
+    def reaching(
+        self, tokens: Tensor, limits: Tensor, reaches: Tensor, several: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token and code of the ones in the rows ``several``, and those rows that are left out: with very many."""
+        return _pairs(reaches.index_select(0, several), several)
+
+
+class Table(NamedTuple):
+    """Codes in rows, whose scores are computed for ``step`` tokens at a time."""
+
+    scores: Callable[[Tensor], Tensor]  # of tokens [n, D]: [n, rows · columns]
+    n_codes: int  # the others fill the last row and cannot win
+    n_rows: int
+    n_columns: int
+    step: int
+
+    def maxima(self, tokens: Tensor) -> Tensor:
+        """The largest score of each row, then of each column, ``[n, rows + columns]``."""
+        largest = tokens.new_empty(len(tokens), self.n_rows + self.n_columns)
+        for some, of_some in zip(tokens.split(self.step), largest.split(self.step), strict=True):
+            scores = self.scores(some).view(-1, self.n_rows, self.n_columns)
+            torch.amax(scores, 2, out=of_some[:, : self.n_rows])
+            torch.amax(scores, 1, out=of_some[:, self.n_rows :])
+            del scores  # the next take their place in the cache
+        return largest
+
+    def named(self, reaches: Tensor) -> Tensor:
+        """For ``reaches [n, rows + columns]``, zeros and ones: the code where the only row and column cross.
+
+        ``[n]`` float32, at least ONE where several rows or columns reach, negative where none does.
+        """
+        rows = torch.arange(self.n_rows, dtype=torch.float32, device=reaches.device).mul_(self.n_columns)
+        columns = torch.arange(self.n_columns, dtype=torch.float32, device=reaches.device)
+        return torch.mv(reaches, torch.cat([rows, columns]).add_(ONE)).sub_(2 * ONE)
+
+    def reaching(
+        self, tokens: Tensor, limits: Tensor, reaches: Tensor, several: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes that can win of the tokens ``several``, rows of ``tokens [n, D]`` with their ``limits [n, 1]``.
+
+        Those where few rows and columns that reach cross, ``reaches`` as above; else those whose scores reach.
+
+        Returns:
+            Token and code of each, and the tokens that are left out because too many do.
+        """
+        found = [(several[:0],) * 3]
+        for some in several.split(self.step):
+            rows, columns = reaches.index_select(0, some).split([self.n_rows, self.n_columns], 1)
+            can_win = torch.mul(rows[:, :, None], columns[:, None, :]).flatten(1)[:, : self.n_codes]
+            many = (rows.sum(1) * columns.sum(1) > _FEW_CROSSINGS).nonzero()[:, 0]
+            if len(many):
+                of = some.index_select(0, many)
+                scores = self.scores(tokens.index_select(0, of))[:, : self.n_codes]
+                can_win[many] = scores.ge_(limits.index_select(0, of))
+            found.append(_pairs(can_win, some))
+        owners, codes, crowded = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return owners, codes, crowded
 
 
 def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
@@ -31,67 +106,23 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     Raises ``lower [n]``, the best lower bounds that are known of the tokens; NaN where a token may not be compared.
     """
     n_rows, n_columns, width = packed.rows.shape
-    tokens, codes = lower.new_empty(len(x), width), packed.rows.view(-1, width)
+    tokens = lower.new_empty(len(x), width)
     to_lower = pack_tokens(x, packed.frame, out=tokens)
-    step = even_pieces(len(x), product_values() // len(codes))
-
-    def scores(some: Tensor) -> Tensor:
-        return product(some, codes)
-
-    kept = maxima(scores, tokens, n_rows, n_columns, step)
+    step = even_pieces(len(x), product_values(width) // (n_rows * n_columns))
+    codes = packed.rows.view(-1, width)
+    table = Table(lambda some: product(some, codes), packed.n_codes, n_rows, n_columns, step)
+    kept = table.maxima(tokens)
     raise_lower(lower, kept[:, :n_rows].t(), packed, to_lower)
     limits = lower[:, None]
-    numbers = crossing(kept.ge_(limits), n_rows, n_columns)
+    reaches = kept.ge_(limits)
+    numbers = table.named(reaches)
     several = (numbers >= ONE).nonzero()[:, 0]
-    indices = numbers.masked_fill_((numbers < 0) | (numbers >= ONE), -1).long()
-    return Candidates(indices, *reaching(scores, tokens, limits, several, step))
+    candidates = table.reaching(tokens, limits, reaches, several)
+    return Candidates(numbers.masked_fill_((numbers < 0) | (numbers >= ONE), -1).long(), *candidates)
 
 
-def maxima(scores: Scores, tokens: Tensor, n_rows: int, n_columns: int, step: int) -> Tensor:
-    """The largest score of each row, then of each column, ``[n, rows + columns]``, of ``step`` tokens at a time."""
-    largest = tokens.new_empty(len(tokens), n_rows + n_columns)
-    for some, of_some in zip(tokens.split(step), largest.split(step), strict=True):
-        table = scores(some).view(-1, n_rows, n_columns)
-        torch.amax(table, 2, out=of_some[:, :n_rows])
-        torch.amax(table, 1, out=of_some[:, n_rows:])
-        del table  # the next takes its place in the cache
-    return largest
-
-
-def only(reaches: Tensor) -> Tensor:
-    """For ``reaches [n, K]``, zeros and ones, each with a one: its number, at least ONE where there are more."""
-    n_codes = reaches.shape[1]
-    return torch.mv(reaches, torch.arange(ONE, ONE + n_codes, dtype=torch.float32, device=reaches.device)).sub_(ONE)
-
-
-def crossing(reaches: Tensor, n_rows: int, n_columns: int) -> Tensor:
-    """For ``reaches [n, rows + columns]``, zeros and ones: the number of the code where the only row and column cross.
-
-    ``[n]`` float32, at least ONE where several rows or columns reach, negative where none does.
-    """
-    rows = torch.arange(n_rows, dtype=torch.float32, device=reaches.device).mul_(n_columns)
-    columns = torch.arange(n_columns, dtype=torch.float32, device=reaches.device)
-    return torch.mv(reaches, torch.cat([rows, columns]).add_(ONE)).sub_(2 * ONE)
-
-
-def reaching(
-    scores: Scores, tokens: Tensor, limits: Tensor, several: Tensor, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tokens ``several``, rows of ``tokens [n, D]``, the codes whose scores reach their ``limits [n, 1]``.
-
-    Returns:
-        Token and code of each, and the tokens that are left out because too many do.
-    """
-    pairs, crowded = [(several[:0], several[:0])], [several[:0]]
-    for some in several.split(step):
-        reaches = scores(tokens.index_select(0, some)).ge_(limits.index_select(0, some))
-        pair = named(reaches)
-        pairs.append((some.index_select(0, pair[0]), pair[1]))
-        crowded.append(some.index_select(0, pair[2]))
-    return *joined(pairs), torch.cat(crowded)
-
-
-def named(reaches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and columns of the ones in ``reaches [n, K]``, and the rows that are left out because they have too many."""
-    many = reaches.sum(1) > MOST
-    return *places(reaches.masked_fill_(many[:, None], 0)), many.nonzero()[:, 0]
+def _pairs(can_win: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token and code of the ones in ``can_win [n, K]``, and those of ``tokens [n]`` left out: with very many."""
+    many = can_win.sum(1) > MOST
+    rows, codes = places(can_win.masked_fill_(many[:, None], 0))
+    return tokens.index_select(0, rows), codes, tokens[many]

@@ -8,7 +8,8 @@ _ALWAYS, _NEVER = 1, 1 << 60
 
 def multiply_by(patch, way):
     """One of WAYS for every product."""
-    patch.setattr(products, "_mkl_is_slow", lambda: way != "MKL")
+    for name in ("_AMD", "_AVX512_AMD"):
+        patch.setattr(products, name, way != "MKL")
     for least in ("_LEAST_PARALLEL", "_LEAST_WORK"):
         patch.setattr(products, least, _ALWAYS)
     patch.setattr(products, "_FEWEST", _ALWAYS if way == "oneDNN" else _NEVER)
@@ -16,5 +17,6 @@ def multiply_by(patch, way):
 
 def set_product_values(patch, values):
     """Of a product, for every thread."""
-    for dtype, bytes_per_thread in products._BYTES_PER_THREAD.items():
-        patch.setitem(products._BYTES_PER_THREAD, dtype, dict.fromkeys(bytes_per_thread, values * dtype.itemsize))
+    patch.setattr(products, "_FEW_COORDINATES", 0)
+    for dtype in products._BYTES_PER_THREAD:
+        patch.setitem(products._BYTES_PER_THREAD, dtype, values * dtype.itemsize)

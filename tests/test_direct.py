@@ -60,14 +60,16 @@ def test_the_only_row_and_column_name_the_code_where_they_cross(n_rows, n_column
     numbers = torch.arange(n_rows * n_columns)
     reaches[numbers, numbers // n_columns] = 1
     reaches[numbers, n_rows + numbers % n_columns] = 1
-    assert torch.equal(table.crossing(reaches, n_rows, n_columns), numbers.float())
+    codes = table.Table(None, n_rows * n_columns, n_rows, n_columns, 1)
+    assert torch.equal(codes.named(reaches), numbers.float())
     for third in range(n_rows + n_columns):
         more = reaches.clone()
         more[:, third] = 1
-        assert (table.crossing(more, n_rows, n_columns) >= table.ONE)[more.sum(1) > 2].all()
-    assert (table.crossing(torch.zeros(3, n_rows + n_columns), n_rows, n_columns) < 0).all()
+        assert (codes.named(more) >= table.ONE)[more.sum(1) > 2].all()
+    assert (codes.named(torch.zeros(3, n_rows + n_columns)) < 0).all()
 
 
-def test_only_names_the_column_of_a_single_one():
-    assert torch.equal(table.only(torch.eye(100)), torch.arange(100.0))
-    assert (table.only(torch.ones(5, 2)) >= table.ONE).all()
+def test_a_single_one_names_its_column():
+    codes = table.Each(None)
+    assert torch.equal(codes.named(torch.eye(100)), torch.arange(100.0))
+    assert (codes.named(torch.ones(5, 2)) >= table.ONE).all()

@@ -58,7 +58,22 @@ def test_onednn_multiplies_few_sizes():
     assert {len(products._padded(torch.empty(n, 2))) for n in range(1, 1001)} == set(range(16, 1009, 16))
 
 
-def test_mkl_is_slow_where_it_uses_half_of_the_vector(monkeypatch):
-    for units, slow in (("AVX-512 BF16", True), ("AMX", False), (None, False)):
-        monkeypatch.setattr(products, "bfloat16_units", lambda units=units: units)
-        assert products._mkl_is_slow() == slow
+@pytest.mark.parametrize(("coordinates", "tokens", "by_onednn"), [(8, 1024, True), (8, 64, False), (64, 1024, False)])
+def test_with_avx2_onednn_is_for_many_results_of_few_coordinates(monkeypatch, coordinates, tokens, by_onednn):
+    monkeypatch.setattr(products, "_AMD", True)
+    monkeypatch.setattr(products, "_AVX512_AMD", False)
+    monkeypatch.setattr(products, "_FEW_COORDINATES", 40)
+    monkeypatch.setattr(products, "_by_onednn", lambda a, b, bias: None)
+    computed = products.product(torch.randn(tokens, coordinates), torch.randn(1024, coordinates))
+    assert isinstance(computed, torch.Tensor) != by_onednn
+
+
+@pytest.mark.parametrize(("vendor", "is_amd"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_the_vendor_is_read_from_the_system(monkeypatch, tmp_path, vendor, is_amd):
+    described = tmp_path / "cpuinfo"
+    described.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(products, "Path", lambda path: described)
+    assert products._is_amd() == is_amd
+    described.unlink()
+    monkeypatch.setattr(products.platform, "processor", lambda: f"Family 25 Model 17, {vendor}")
+    assert products._is_amd() == is_amd
