@@ -128,7 +128,7 @@ def _maxima(tokens: Tensor, codes: Tensor) -> Tensor:
     n_groups, group, width = codes.shape
     n = len(tokens)
     tokens = F.pad(tokens, (0, 0, 0, -n % _MULTIPLE))
-    values = product_values(dtype=torch.bfloat16)
+    values = product_values(torch.bfloat16)
     step = min(n_groups, max(1, values // (group * _TOKENS_PER_PRODUCT)))  # groups per product
     maxima = torch.empty(n_groups, len(tokens), dtype=torch.int16, device=tokens.device)
     buffer = torch.empty(step * group * _TOKENS_PER_PRODUCT, dtype=torch.bfloat16, device=tokens.device)

@@ -68,7 +68,7 @@ def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """
     n = len(x)
     indices = torch.empty(n, dtype=torch.int64, device=x.device)
-    step = even_pieces(n, product_values(x.shape[1]) // len(codebook))
+    step = even_pieces(n, product_values() // len(codebook))
     codes = _codes(codebook, metric)
     scored = codes.in_table(step) if n > step else codes.each()
     pairs, left, end = [], [], 0

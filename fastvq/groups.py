@@ -55,7 +55,7 @@ def _maxima(tokens: Tensor, packed: PackedCodebook) -> Tensor:
     """The largest upper bound in each group, ``[groups, n]``, for tokens ``[n, D + 2]``."""
     n_groups, group, width = packed.rows.shape
     n = min(len(tokens), _TOKENS_PER_PRODUCT)
-    step = min(n_groups, max(1, product_values(width) // (group * n)))  # groups per product
+    step = min(n_groups, max(1, product_values() // (group * n)))  # groups per product
     maxima = tokens.new_empty(n_groups, len(tokens))
     pieces = packed.rows.view(-1, width).split(step * group)
     for some, of_some in zip(tokens.split(n), maxima.split(n, 1), strict=True):

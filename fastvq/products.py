@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from pathlib import Path
 
@@ -23,14 +22,14 @@ def _is_amd() -> bool:
 # There MKL, which ``torch.mm`` calls, uses half of the width of AVX-512, and multiplies few rows on one thread.
 _AMD = _is_amd()
 _AVX512_AMD = _AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"
-# A product of 1 MiB stays in the level-2 cache of a Xeon's core (2 MiB: half the speed). On an EPYC with AVX-512 larger
-# ones, in fewer calls, take a twentieth to a tenth less time in float32, a twentieth in bfloat16 up to 32 coordinates.
-_BYTES_PER_THREAD = {torch.float32: 1 << (21 if _AVX512_AMD else 20), torch.bfloat16: 1 << (22 if _AVX512_AMD else 20)}
-# On an EPYC without it twice as large ones take a tenth more of 64, but a fifth less up to so many; of these oneDNN
-# needs less time than MKL from so many results on: 0.6 of it with 640 x 1,024 x 8, 0.85 with 640 x 1,024 x 16, but 1.4
-# with 640 x 256 x 16, and 1.0 from 64 on.
-_FEW_COORDINATES = 40 if _AMD and not _AVX512_AMD else 0
+# A product of 1 MiB stays in the level-2 cache of a Xeon's core (2 MiB: half the speed). On an EPYC larger ones, in
+# fewer calls, take a twentieth to a tenth less time in float32, a twentieth in bfloat16 up to 32 coordinates.
+_BYTES_PER_THREAD = {torch.float32: 1 << (21 if _AMD else 20), torch.bfloat16: 1 << (22 if _AMD else 20)}
+# Without AVX-512 oneDNN needs less time than MKL from so many results on, but for lengths in between: 0.6 of it with
+# 640 x 1,024 x 8, 0.85 with 640 x 1,024 x 16, 0.9 with 512 x 2,048 x 256; 1.0 to 1.2 with 64 and 128 coordinates, 1.4
+# with 640 x 256 x 16.
 _MANY_RESULTS = 1 << 19
+_IN_BETWEEN = range(41, 192)
 # oneDNN compiles a product of a new size first, which takes half a millisecond: few sizes, whatever the tokens.
 _MULTIPLE = 16
 # With AVX-512 MKL needs less time only for fewer multiplications, or rows: 35 us each with 32 x 1,024 x 64, 5 against
@@ -52,10 +51,9 @@ def bfloat16_units() -> str | None:
     return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
-def product_values(dim: float = math.inf, dtype: torch.dtype = torch.float32) -> int:
-    """Values of a product of ``dim`` coordinates of which every thread finds its part in the caches."""
-    times = 2 if dim <= _FEW_COORDINATES else 1
-    return times * _BYTES_PER_THREAD[dtype] // dtype.itemsize * torch.get_num_threads()
+def product_values(dtype: torch.dtype = torch.float32) -> int:
+    """Values of a product of which every thread finds its part in the caches."""
+    return _BYTES_PER_THREAD[dtype] // dtype.itemsize * torch.get_num_threads()
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,7 +73,7 @@ def _onednn_pays(a: Tensor, b: Tensor) -> bool:
         return False
     if _AVX512_AMD:
         return m * n * dim >= _LEAST_WORK
-    return dim <= _FEW_COORDINATES and m * n >= _MANY_RESULTS
+    return m * n >= _MANY_RESULTS and dim not in _IN_BETWEEN
 
 
 def _in_parallel(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

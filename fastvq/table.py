@@ -108,7 +108,7 @@ def search(x: Tensor, packed: PackedCodebook, lower: Tensor) -> Candidates:
     n_rows, n_columns, width = packed.rows.shape
     tokens = lower.new_empty(len(x), width)
     to_lower = pack_tokens(x, packed.frame, out=tokens)
-    step = even_pieces(len(x), product_values(width) // (n_rows * n_columns))
+    step = even_pieces(len(x), product_values() // (n_rows * n_columns))
     codes = packed.rows.view(-1, width)
     table = Table(lambda some: product(some, codes), packed.n_codes, n_rows, n_columns, step)
     kept = table.maxima(tokens)

@@ -17,6 +17,5 @@ def multiply_by(patch, way):
 
 def set_product_values(patch, values):
     """Of a product, for every thread."""
-    patch.setattr(products, "_FEW_COORDINATES", 0)
     for dtype in products._BYTES_PER_THREAD:
         patch.setitem(products._BYTES_PER_THREAD, dtype, values * dtype.itemsize)

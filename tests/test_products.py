@@ -58,11 +58,12 @@ def test_onednn_multiplies_few_sizes():
     assert {len(products._padded(torch.empty(n, 2))) for n in range(1, 1001)} == set(range(16, 1009, 16))
 
 
-@pytest.mark.parametrize(("coordinates", "tokens", "by_onednn"), [(8, 1024, True), (8, 64, False), (64, 1024, False)])
-def test_with_avx2_onednn_is_for_many_results_of_few_coordinates(monkeypatch, coordinates, tokens, by_onednn):
+@pytest.mark.parametrize(
+    ("tokens", "coordinates", "by_onednn"), [(1024, 8, True), (64, 8, False), (1024, 64, False), (1024, 256, True)]
+)
+def test_with_avx2_onednn_is_for_many_results_of_short_or_long_rows(monkeypatch, tokens, coordinates, by_onednn):
     monkeypatch.setattr(products, "_AMD", True)
     monkeypatch.setattr(products, "_AVX512_AMD", False)
-    monkeypatch.setattr(products, "_FEW_COORDINATES", 40)
     monkeypatch.setattr(products, "_by_onednn", lambda a, b, bias: None)
     computed = products.product(torch.randn(tokens, coordinates), torch.randn(1024, coordinates))
     assert isinstance(computed, torch.Tensor) != by_onednn
