@@ -1,7 +1,7 @@
 """Which codes can win where there are few, seen as a table of which only the largest of each row and column is kept.
 
 A code that reaches the limit of its token makes the maxima of its row and its column reach it. Where one row and one
-column do, it is the code where they cross, known without another look at the scores.
+column do, it is the code where they cross, known without another look at the scores; where a few do, one of those.
 
 :mod:`fastvq.cpu` derives the bounds.
 """
