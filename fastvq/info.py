@@ -31,11 +31,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU; for the CPU its model, if the system tells it, and the number of threads PyTorch uses."""
+    """The model of a GPU; of the CPU the model, if the system tells it, vector units, and the threads PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     n = torch.get_num_threads()
-    return f"{_cpu_model()}, {n} thread{'s' if n > 1 else ''}"
+    units = bfloat16_units() or torch.backends.cpu.get_cpu_capability()
+    return f"{_cpu_model()} ({units}), {n} thread{'s' if n > 1 else ''}"
 
 
 def _cpu_model() -> str:
