@@ -75,6 +75,26 @@ def code_tile_loop(compiled: Compiled, *, pairs: int, depth: int, chunks: int = 
     raise ValueError(f"pairs must be what one pass of {compiled.name} multiplies, {found}, got {pairs}")
 
 
+def flat_loop(compiled: Compiled, *, pairs: int, depth: int, chunks: int) -> Loop:
+    """What a loop over the chunks of all code tiles issues for one tile: `chunks` passes, one with the tile's end.
+
+    The end of a tile is the longest stretch that a pass can jump over; the others count with every pass.
+
+    pairs: BM·BN. depth: padded D. Raises ValueError for a kernel compiled for AMD, one that has not exactly one loop
+    with matrix instructions, and where these are not those of one tile (tcgen05 does not show it).
+    """
+    flow, loops, innermost = _busy_loops(compiled)
+    if len(innermost) != 1:
+        raise ValueError(f"{compiled.name} must have one loop with matrix instructions, got {len(innermost)}")
+    body = loops[innermost[0]]
+    end = max(_stretches(flow, _skippable(flow, body, innermost[0])), key=len)
+    loop = _count(flow, loops, innermost[0], Counter({at: 1 if at in end else chunks for at in body}))
+    if loop.macs_per_warp is not None and pairs_per_pass(loop, compiled.threads, depth) != pairs:
+        found = pairs_per_pass(loop, compiled.threads, depth)
+        raise ValueError(f"pairs must be what {chunks} passes of {compiled.name} multiply, {found:g}, got {pairs}")
+    return loop
+
+
 def pairs_per_pass(loop: Loop, threads: int, depth: int) -> float:
     """(Token, code) pairs that one pass multiplies, from its matrix instructions: macs_per_warp · threads/32 / depth.
 
@@ -111,6 +131,23 @@ def _count_passes(compiled: Compiled, flow: Flow, loops: Loops, head: int, inner
     return _count(flow, loops, outer, Counter({at: inner_passes if at in loops[head] else 1 for at in loops[outer]}))
 
 
+def _skippable(flow: Flow, body: set[int], head: int) -> set[int]:
+    """Instructions that a pass can jump over."""
+    ends = [at for at in body if head in flow.successors[at]]
+    return {at for at in body if not all(flow.dominates(at, end) for end in ends)}
+
+
+def _stretches(flow: Flow, skippable: set[int]) -> list[set[int]]:
+    """Skippable instructions that follow one another, as sets."""
+    found: list[set[int]] = []
+    for at in sorted(skippable):
+        linked = [stretch for stretch in found if at in stretch or not stretch.isdisjoint(flow.successors[at])]
+        linked += [stretch for stretch in found if any(at in flow.successors[one] for one in stretch)]
+        found = [stretch for stretch in found if all(stretch is not other for other in linked)]
+        found.append({at}.union(*linked))
+    return found
+
+
 def _matrix(flow: Flow, body: Iterable[int]) -> int:
     return sum(bool(CUDA_MATRIX.fullmatch(_base(flow.opcodes[at]))) for at in body)
 
@@ -120,14 +157,14 @@ def _base(opcode: str) -> str:
 
 
 def _count(flow: Flow, loops: Loops, head: int, passes: Counter[int]) -> Loop:
-    ends = [at for at in loops[head] if head in flow.successors[at]]
+    skipped = _skippable(flow, loops[head], head)
     counts: Counter[str] = Counter()
     skippable: Counter[str] = Counter()
     macs: float | None = 0.0
     for at, times in passes.items():
         opcode = flow.opcodes[at]
         counts[_base(opcode)] += times
-        if not all(flow.dominates(at, end) for end in ends):
+        if at in skipped:
             skippable[_base(opcode)] += times
         if CUDA_MATRIX.fullmatch(_base(opcode)):
             shape = HMMA_SHAPE.match(opcode) or HGMMA_SHAPE.match(opcode)

@@ -64,6 +64,7 @@ def scan(target: str, width: int) -> tuple[Compiled, ScanConfig]:
         "ASM": config.int_max,
         "TMA": config.tma,
         "RESIDENT": config.resident,
+        "BIAS_FIRST": config.bias_first,
         "STAGES": config.num_stages,
     }
     return _compile(scan_kernel, target, constexprs, config.num_warps, types=types), config

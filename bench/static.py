@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.issue_model import H100, PairCost, modelled_time, slots_per_pair
-from bench.main_loop import code_tile_loop, main_loop
+from bench.main_loop import code_tile_loop, flat_loop, main_loop
 from bench.offline import TARGETS, Compiled
 from bench.refine_model import COUNTS, products, traffic_rows
 from bench.shipped import PLAIN_TILE, plain, rescan, scan, search_kernels, training_kernels
@@ -46,9 +46,8 @@ def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any
         for width in SCANS:
             compiled, config = scan(target, width)
             pairs = config.block_m * config.block_n
-            # Where a row is not resident its chunks may stay a loop inside the loop over codes.
             chunks = 1 if config.resident else width // config.block_d
-            costs = _costs(compiled, width, pairs, chunks)
+            costs = _costs(compiled, width, pairs, chunks, flat=not config.resident)
             if target == "sm_90":
                 scan_costs[width] = PairCost(costs["slots_per_pair"], costs["alu_per_pair"])
             yield {**_resources(compiled, width), **costs}
@@ -93,11 +92,16 @@ def _resources(kernel: Compiled, width: int) -> dict[str, Any]:
     }
 
 
-def _costs(kernel: Compiled, width: int, pairs: int, chunks: int) -> dict[str, Any]:
-    """Instructions per (token, code) pair and the modelled time; AMD's code is not counted."""
+def _costs(kernel: Compiled, width: int, pairs: int, chunks: int, flat: bool = False) -> dict[str, Any]:
+    """Instructions per (token, code) pair and the modelled time; AMD's code is not counted.
+
+    Chunks of D are passes of one ``flat`` loop, or may stay a loop inside the loop over codes.
+    """
     if not kernel.target.startswith("sm_"):
         return {}
-    if kernel.target == "sm_100":  # tcgen05 does not show its shape, and so not which loop is a whole tile
+    if flat:
+        loop = flat_loop(kernel, pairs=pairs, depth=width, chunks=chunks)
+    elif kernel.target == "sm_100":  # tcgen05 does not show its shape, and so not which loop is a whole tile
         try:
             loop = main_loop(kernel, inner_passes=chunks)
         except ValueError:  # the compiler has unrolled the chunks

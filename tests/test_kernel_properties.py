@@ -16,12 +16,13 @@ from fastvq_kernels.search import certified_search, nearest_code
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The layouts the chips' own configurations are made of: threads per row of accumulators with one and four rows of
-# eight codes each, both tile heights, rows that stay on chip or are loaded again, integer or float maxima.
+# eight codes each, both tile heights, rows that stay on chip or are loaded again, in one or two chunks with the bias
+# before or after them, integer or float maxima.
 LAYOUTS = [
-    ScanConfig(block_m=64, block_n=32, lanes=4, resident=False),
+    ScanConfig(block_m=64, block_n=32, block_d=16, lanes=4, resident=False),
     ScanConfig(block_m=128, block_n=128, lanes=4, int_max=True),
     ScanConfig(block_m=64, block_n=128, lanes=16),
-    ScanConfig(block_m=128, block_n=512, lanes=16, resident=False, int_max=True),
+    ScanConfig(block_m=128, block_n=512, block_d=16, lanes=16, resident=False, bias_first=False, int_max=True),
 ]
 # The interpreter spends milliseconds on every column of an open token.
 few = problems(max_tokens=3, max_codes=140, dims=(1, 2, 3, 8, 12, 20))
@@ -63,7 +64,7 @@ def test_indices_do_not_depend_on_the_layout(layout, problem):
     x, codebook, metric = problem
     d = x.shape[1]
     width = packed_width(d)
-    config = replace(layout, block_d=scan_config(width).block_d)
+    config = replace(layout, block_d=min(layout.block_d, scan_config(width).block_d))
     indices, _ = certified_search(x[None], pack_codebook(codebook, metric, config))
     assert torch.equal(indices[0], reference.nearest_code(x, codebook, metric))
 

@@ -45,6 +45,7 @@ class ScanConfig:
     num_warps: int = 4
     num_stages: int = 2
     resident: bool = True  # the token tile stays on chip; else its columns are loaded again with every step
+    bias_first: bool = True  # of chunks that are not resident; where it is added last, accumulators start at zero
     int_max: bool = False  # compare float bits as int32: sm_90 has a three-input integer maximum, but no float one
     tma: bool = False  # tensor descriptors: without the hardware they become masked pointers and lose the pipelining
 
@@ -86,8 +87,9 @@ def scan_config(width: int, target: str | None = None) -> ScanConfig:
             256, block_d=128 if width % 128 == 0 else 64, num_warps=8, resident=False, int_max=True, tma=True
         )
     if target == "sm_100":
-        # Resident rows in several chunks spill: each product waits in tensor memory for its predecessor.
-        return ScanConfig(block_d=block_d, resident=block_d == width, tma=True)
+        # Resident rows in several chunks spill: each product waits in tensor memory for its predecessor. There zeros
+        # need no store; a bias would, and the accumulator would go back and forth with every chunk.
+        return ScanConfig(block_d=block_d, resident=block_d == width, bias_first=False, tma=True)
     if target == "gfx942":
         # 64 KiB of shared memory, through which 64 rows of accumulators pass to reach the layout of the maxima.
         return ScanConfig(64, block_d=min(block_d, 128) if width != 256 else 64, resident=width <= 128)

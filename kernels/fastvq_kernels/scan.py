@@ -78,12 +78,42 @@ def code_at(step, member, lane, BN: tl.constexpr, LANES: tl.constexpr):
     return step * BN + (member // 8) * (8 * LANES) + (place // 2) * (2 * LANES) + 2 * lane + place % 2
 
 
+@triton.jit
+def keep(
+    b_u, t, b_step1, b_step2, b_t, b_rows, b_place,
+    BM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Take the scores b_u [BM, BN] of step t into the maxima."""
+    # Column 8 LANES n + 2 LANES j + 2 q + r is thread q's, in row n at place 2 j + r.
+    b_u = tl.reshape(b_u.to(b_step1.dtype, bitcast=True), [BM, ROWS, 4, LANES, 2])
+    b_u = tl.permute(b_u, [0, 3, 2, 4, 1])  # [BM, LANES, 4, 2, ROWS]
+    b_us = rows_of(b_u, BM, LANES, ROWS)
+    b_ms = ()
+    b_new = ()
+    for i in tl.static_range(ROWS):
+        b_ms = b_ms + (row_max(b_us[i], BM, LANES, ASM),)
+        b_new = b_new + (tl.maximum(b_rows[i], b_ms[i]),)
+    b_m = b_ms[0]  # [BM, LANES]
+    if ROWS == 1:
+        b_place = tl.maximum(b_place, b_us[0])  # [BM, LANES, 8]
+    else:
+        b_m = tl.maximum(b_m, b_ms[1])
+        b_place = max3(b_place, b_us[0], b_us[1], ASM)
+        for i in tl.static_range(2, ROWS, 2):
+            b_m = max3(b_m, b_ms[i], b_ms[i + 1], ASM)
+            b_place = max3(b_place, b_us[i], b_us[i + 1], ASM)
+    b_step2 = tl.maximum(b_step2, tl.minimum(b_step1, b_m))
+    b_t = tl.where(b_m > b_step1, t, b_t)
+    return tl.maximum(b_step1, b_m), b_step2, b_t, b_new, b_place
+
+
 @triton.jit(do_not_specialize=["steps_per_split"])
 def scan_kernel(
     tokens, codes, bias, tile_scale, tile_weight, code_scale, best, rest, winner,
     N_pad, KP, steps_per_split,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
-    INT_MAX: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
+    INT_MAX: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr, RESIDENT: tl.constexpr, BIAS_FIRST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program scans one range of codes for BM tokens of one head.
 
@@ -107,10 +137,6 @@ def scan_kernel(
     o_x = tl.arange(0, BM)[:, None] * D + o_d[None, :]
     o_e = tl.arange(0, BN)[:, None] * D + o_d[None, :]
     p_x = tokens if TMA else tokens + (i_h * N_pad + i_m * BM) * D
-    b_xs = ()
-    if RESIDENT:
-        for d in tl.static_range(0, D, BD):
-            b_xs = b_xs + (tokens.load([row, d]) if TMA else tl.load(p_x + o_x + d),)  # D / BD times [BM, BD]
 
     KIND: tl.constexpr = tl.int32 if INT_MAX else tl.float32
     b_step1 = tl.full([BM, LANES], float("-inf"), tl.float32).to(KIND, bitcast=True)  # best step and its number
@@ -125,51 +151,59 @@ def scan_kernel(
     col = (i_h * KP).to(tl.int32)
     p_e = codes if TMA else codes + (i_h * KP + first * BN) * D
     p_bias = bias + (i_h * (KP + BN) + first * BN + tl.arange(0, BN)[:, None]) * 2 + o_two[None, :]
-    b_next = tl.load(p_bias)  # [BN, 2], one step ahead in registers: through shared memory costs 0.06 slots
-    for t in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
-        # As a reduction: one product per code and program, shared through shared memory. As c B + w G the
-        # compiler would repeat both products in every thread that owns the column (0.6 slots per pair).
-        b_bias = tl.sum(b_next * b_two[None, :], axis=1)  # [BN]
-        p_bias += 2 * BN
-        b_next = tl.load(p_bias)
-        b_u = tl.zeros([BM, BN], tl.float32)
-        if BD < D:  # one product: added after it, which the compiler turns into the accumulator's start
-            b_u += b_bias[None, :]
-        if RESIDENT:
+    # As a reduction: one product per code and program, shared through shared memory. As c B + w G the compiler would
+    # repeat both products in every thread that owns the column (0.6 slots per pair).
+    if RESIDENT:
+        b_xs = ()
+        for d in tl.static_range(0, D, BD):
+            b_xs = b_xs + (tokens.load([row, d]) if TMA else tl.load(p_x + o_x + d),)  # D / BD times [BM, BD]
+        b_next = tl.load(p_bias)  # [BN, 2], one step ahead in registers: through shared memory costs 0.06 slots
+        for t in tl.range(first, last, num_stages=STAGES):
+            b_bias = tl.sum(b_next * b_two[None, :], axis=1)  # [BN]
+            p_bias += 2 * BN
+            b_next = tl.load(p_bias)
+            b_u = tl.zeros([BM, BN], tl.float32)
+            if BD < D:  # one product: added after it, which the compiler turns into the accumulator's start
+                b_u += b_bias[None, :]
             for i in tl.static_range(D // BD):
                 b_e = codes.load([col + t * BN, i * BD]) if TMA else tl.load(p_e + o_e + i * BD)  # [BN, BD]
                 b_u = tl.dot(b_xs[i], b_e.T, b_u, input_precision="ieee")
-        else:
-            for d in tl.range(0, D, BD, num_stages=STAGES):
-                b_x = tokens.load([row, d]) if TMA else tl.load(p_x + o_x + d)  # [BM, BD]
-                b_e = codes.load([col + t * BN, d]) if TMA else tl.load(p_e + o_e + d)  # [BN, BD]
-                b_u = tl.dot(b_x, b_e.T, b_u, input_precision="ieee")
-        if BD == D:
-            b_u += b_bias[None, :]
-        if not TMA:
-            p_e += BN * D
-        # Column 8 LANES n + 2 LANES j + 2 q + r is thread q's, in row n at place 2 j + r.
-        b_u = tl.reshape(b_u.to(KIND, bitcast=True), [BM, ROWS, 4, LANES, 2])
-        b_u = tl.permute(b_u, [0, 3, 2, 4, 1])  # [BM, LANES, 4, 2, ROWS]
-        b_us = rows_of(b_u, BM, LANES, ROWS)
-        b_ms = ()
-        b_new = ()
-        for i in tl.static_range(ROWS):
-            b_ms = b_ms + (row_max(b_us[i], BM, LANES, ASM),)
-            b_new = b_new + (tl.maximum(b_rows[i], b_ms[i]),)
-        b_rows = b_new
-        b_m = b_ms[0]  # [BM, LANES]
-        if ROWS == 1:
-            b_place = tl.maximum(b_place, b_us[0])  # [BM, LANES, 8]
-        else:
-            b_m = tl.maximum(b_m, b_ms[1])
-            b_place = max3(b_place, b_us[0], b_us[1], ASM)
-            for i in tl.static_range(2, ROWS, 2):
-                b_m = max3(b_m, b_ms[i], b_ms[i + 1], ASM)
-                b_place = max3(b_place, b_us[i], b_us[i + 1], ASM)
-        b_step2 = tl.maximum(b_step2, tl.minimum(b_step1, b_m))
-        b_t = tl.where(b_m > b_step1, t, b_t)
-        b_step1 = tl.maximum(b_step1, b_m)
+            if BD == D:
+                b_u += b_bias[None, :]
+            if not TMA:
+                p_e += BN * D
+            b_step1, b_step2, b_t, b_rows, b_place = keep(
+                b_u, t, b_step1, b_step2, b_t, b_rows, b_place, BM, LANES, ROWS, ASM
+            )
+    else:
+        # One loop over the chunks of all steps: the first chunks of a step are on their way while the maxima of the
+        # one before are taken. With a loop inside of another each step would wait for them.
+        b_u = tl.zeros([BM, BN], tl.float32)
+        if BIAS_FIRST:
+            b_u += tl.sum(tl.load(p_bias) * b_two[None, :], axis=1)[None, :]
+            p_bias += 2 * BN
+        t = first
+        d = 0
+        for _ in tl.range(0, (last - first) * (D // BD), num_stages=STAGES):
+            b_x = tokens.load([row, d]) if TMA else tl.load(p_x + o_x + d)  # [BM, BD]
+            b_e = codes.load([col + t * BN, d]) if TMA else tl.load(p_e + o_e + d)  # [BN, BD]
+            b_u = tl.dot(b_x, b_e.T, b_u, input_precision="ieee")
+            d += BD
+            if d == D:
+                b_bias = tl.sum(tl.load(p_bias) * b_two[None, :], axis=1)  # [BN], of the next step where it comes first
+                p_bias += 2 * BN
+                if not BIAS_FIRST:
+                    b_u += b_bias[None, :]
+                b_step1, b_step2, b_t, b_rows, b_place = keep(
+                    b_u, t, b_step1, b_step2, b_t, b_rows, b_place, BM, LANES, ROWS, ASM
+                )
+                b_u = tl.zeros([BM, BN], tl.float32)
+                if BIAS_FIRST:
+                    b_u += b_bias[None, :]
+                t += 1
+                d = 0
+                if not TMA:
+                    p_e += BN * D
 
     nothing = tl.full([], float("-inf"), tl.float32).to(KIND, bitcast=True)
     o_place = tl.arange(0, 8)[None, None, :]
@@ -251,6 +285,6 @@ def scan(tokens: PackedTokens, n: int, packed: PackedCodebook) -> Bins:
         N_pad, KP, per_split,
         D=DP, BD=BD, BM=BM, BN=BN, LANES=config.lanes, TILE=TOKEN_TILE,
         INT_MAX=config.int_max, ASM=config.int_max and tokens.rows.is_cuda, TMA=config.tma,
-        RESIDENT=config.resident, STAGES=config.num_stages, num_warps=config.num_warps,
+        RESIDENT=config.resident, BIAS_FIRST=config.bias_first, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     return Bins(best, rest, winner, per_split)
