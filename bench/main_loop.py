@@ -141,10 +141,10 @@ def _stretches(flow: Flow, skippable: set[int]) -> list[set[int]]:
     """Skippable instructions that follow one another, as sets."""
     found: list[set[int]] = []
     for at in sorted(skippable):
-        linked = [stretch for stretch in found if at in stretch or not stretch.isdisjoint(flow.successors[at])]
-        linked += [stretch for stretch in found if any(at in flow.successors[one] for one in stretch)]
-        found = [stretch for stretch in found if all(stretch is not other for other in linked)]
-        found.append({at}.union(*linked))
+        before = [stretch for stretch in found if any(at in flow.successors[one] for one in stretch)]
+        after = [stretch for stretch in found if not stretch.isdisjoint(flow.successors[at])]
+        found = [stretch for stretch in found if stretch not in before + after]
+        found.append({at}.union(*before, *after))
     return found
 
 

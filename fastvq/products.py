@@ -68,12 +68,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _onednn_pays(a: Tensor, b: Tensor) -> bool:
     m, (n, dim) = len(a), b.shape
-    there = torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if min(m, n) < _FEWEST or not there:
+    enough = m * n * dim >= _LEAST_WORK if _AVX512_AMD else m * n >= _MANY_RESULTS and dim not in _IN_BETWEEN
+    if min(m, n) < _FEWEST or not enough:
         return False
-    if _AVX512_AMD:
-        return m * n * dim >= _LEAST_WORK
-    return m * n >= _MANY_RESULTS and dim not in _IN_BETWEEN
+    return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _in_parallel(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
