@@ -15,11 +15,12 @@ import torch
 import typer
 from rich.console import Console
 
-from bench import accuracy, memory, report, roofline, scaling, search, train
-from bench.machine import facts, limit_memory
-from bench.options import Options
-from bench.run import run
-from bench.store import Store
+from bench.harness.machine import facts, limit_memory
+from bench.harness.options import Options
+from bench.harness.run import run
+from bench.harness.store import Store
+from bench.plans import accuracy, memory, roofline, scaling, search, train
+from bench.report import files as report
 
 PLANS = {"search": search, "train": train, "memory": memory, "accuracy": accuracy, "scaling": scaling}
 

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastvq
-from fastvq.info import pick_device
-from fastvq.photos import PatchSampler, Photo, load_photos, psnr, to_pixels, to_tokens
-from fastvq.pictures import pairs_png, training_png
+from fastvq.cli.demo.photos import PatchSampler, Photo, load_photos, psnr, to_pixels, to_tokens
+from fastvq.cli.demo.pictures import pairs_png, training_png
+from fastvq.cli.info import pick_device
 
 LEARNING_RATE = 5e-4
 WIDTH = 64  # channels between the layers
@@ -217,7 +217,7 @@ def split(photos: list[Photo], crop: int) -> tuple[list[Photo], list[Photo]]:
 
 
 def to_images(tokens: Tensor, crop: int) -> Tensor:
-    """Crops as ``fastvq.photos`` draws them, ``[n, 3 crop²]``, to ``[n, 3, crop, crop]``."""
+    """Crops as ``fastvq.cli.demo.photos`` draws them, ``[n, 3 crop²]``, to ``[n, 3, crop, crop]``."""
     # A view with channels last, which convolutions keep: the codebook reads its tokens where they lie.
     return tokens.view(-1, crop, crop, 3).permute(0, 3, 1, 2)
 

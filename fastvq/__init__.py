@@ -1,9 +1,9 @@
 """Exact vector quantization without the [tokens, codes] matrix."""
 
 from fastvq import reference
-from fastvq.clustering import KMeans, kmeans
-from fastvq.codebook import EMACodebook
 from fastvq.functional import code_statistics, lookup, nearest_code, quantize
+from fastvq.learning.kmeans import KMeans, kmeans
+from fastvq.nn.ema_codebook import EMACodebook
 from fastvq.reference import Quantized
 
 __version__ = "0.1.0"

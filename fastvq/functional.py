@@ -8,9 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastvq import ops
-from fastvq.backends import choose_backend
-from fastvq.checks import (
+from fastvq.backends import operators as ops
+from fastvq.backends.choose import choose_backend
+from fastvq.backends.codebook_cache import KeptCodebook
+from fastvq.common.checks import (
     check_codebook,
     check_count,
     check_floating,
@@ -20,7 +21,6 @@ from fastvq.checks import (
     check_search,
     describe,
 )
-from fastvq.kept import KeptCodebook
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.distributed import all_reduce_sum, broadcast_from_rank_0
+from fastvq.common.distributed import all_reduce_sum, broadcast_from_rank_0
 
 # One [tokens, codes] float64 tile and one temporary of the same size stay in a core's cache.
 _TOKENS_PER_TILE = 64

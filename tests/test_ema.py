@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import ema, ops
-from fastvq.ema import ema_step
-from fastvq.measure import peak_extra_memory
-from fastvq_kernels import ema as kernels
+from fastvq.backends import operators as ops
+from fastvq.cpu import ema
+from fastvq.cpu.ema import ema_step
+from fastvq.testing.measure import peak_extra_memory
+from fastvq_kernels.update import ema as kernels
 
 DECAY = 0.99
 
@@ -136,7 +137,7 @@ def test_step_takes_no_memory_that_grows_with_the_codes():
 
 
 def test_buffers_with_gaps_are_moved_as_well(monkeypatch):
-    monkeypatch.setattr("fastvq.ema.choose_backend", lambda device: ("triton", "for the test"))
+    monkeypatch.setattr("fastvq.cpu.ema.choose_backend", lambda device: ("triton", "for the test"))
     state, (counts, sums), _ = problem(6, 4)
     expected = after(ema_step, state, counts, sums, decay=DECAY)
     spread = torch.stack([state[0], state[0]], 2)[..., 0]
@@ -146,7 +147,7 @@ def test_buffers_with_gaps_are_moved_as_well(monkeypatch):
 
 
 def test_writes_of_the_kernel_are_counted(monkeypatch, kernel_device):
-    monkeypatch.setattr("fastvq.ema.choose_backend", lambda device: ("triton", "for the test"))
+    monkeypatch.setattr("fastvq.cpu.ema.choose_backend", lambda device: ("triton", "for the test"))
     state, step, _ = problem(6, 4)
     state = [t.to(kernel_device) for t in state]
     versions = [t._version for t in state]
@@ -181,7 +182,9 @@ def test_training_by_the_kernels_gives_the_same_codebook(monkeypatch, restarts, 
     states = []
     for backend in ("torch", "triton"):
         for module in ("statistics", "ema"):
-            monkeypatch.setattr(f"fastvq.{module}.choose_backend", lambda device, name=backend: (name, "for the test"))
+            monkeypatch.setattr(
+                f"fastvq.cpu.{module}.choose_backend", lambda device, name=backend: (name, "for the test")
+            )
         torch.manual_seed(1)
         codebook = fastvq.EMACodebook(12, 4, no_random_restart=not restarts, backend=backend, device=kernel_device)
         for batch in batches:

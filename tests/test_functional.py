@@ -7,7 +7,7 @@ import torch
 
 import fastvq
 from fastvq import reference
-from fastvq.backends import choose_backend
+from fastvq.backends.choose import choose_backend
 
 
 @pytest.fixture(params=["torch", "reference", "triton"])

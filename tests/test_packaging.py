@@ -55,7 +55,7 @@ def test_bare_checkout_needs_torch_triton_and_numpy_only():
 import sys
 for name in ("typer", "rich", "matplotlib", "sklearn", "PIL", "scipy", "transformers"):
     sys.modules[name] = None  # as if it were not installed
-import torch, fastvq, fastvq_kernels.search, fastvq_kernels.accumulate
+import torch, fastvq, fastvq_kernels.search.pipeline, fastvq_kernels.update.accumulate
 print(fastvq.EMACodebook(4, 2)(torch.randn(5, 2)).indices.shape)
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}

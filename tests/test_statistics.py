@@ -5,8 +5,8 @@ import torch
 
 import fastvq
 from fastvq import reference
-from fastvq_kernels import accumulate, ordered
 from fastvq_kernels.configs import ORDERED, atomics_would_queue
+from fastvq_kernels.update import accumulate, ordered
 
 # So many values are added one after another to give a sum of n tokens in a fixed order: in one run of at most
 # 2 RUN - 1 rows a value meets at most RUN / 2 additions of its chain and two of chains; three levels hold 64^3 tokens.
@@ -166,14 +166,14 @@ def forms(monkeypatch):
     called = []
     for name in ("ordered_statistics", "atomic_statistics"):
         monkeypatch.setattr(accumulate, name, lambda *args, name=name: called.append(name) or (args[0][0], args[0]))
-    monkeypatch.setattr("fastvq.statistics.choose_backend", lambda device: ("triton", "for the test"))
+    monkeypatch.setattr("fastvq.cpu.statistics.choose_backend", lambda device: ("triton", "for the test"))
     return called
 
 
 def test_order_is_fixed_where_it_is_asked_for(forms):
     x, indices = torch.randn(5, 2), torch.arange(5)
     fixed = [
-        fastvq.statistics.statistics(x, indices, 5, deterministic) and forms[-1]
+        fastvq.cpu.statistics.statistics(x, indices, 5, deterministic) and forms[-1]
         for deterministic in (True, False, None)
     ]
     assert fixed == ["ordered_statistics", "atomic_statistics", "atomic_statistics"]
@@ -185,7 +185,7 @@ def test_order_is_fixed_where_atomics_would_queue(forms):
         (20_000, 1, "ordered_statistics"),
         (2000, 4096, "atomic_statistics"),
     ):
-        fastvq.statistics.statistics(torch.empty(1, 1).expand(n, 1), torch.zeros(n, dtype=torch.int64), k, None)
+        fastvq.cpu.statistics.statistics(torch.empty(1, 1).expand(n, 1), torch.zeros(n, dtype=torch.int64), k, None)
         assert forms[-1] == form
         assert atomics_would_queue(n, k) == (form == "ordered_statistics")
 
@@ -193,7 +193,8 @@ def test_order_is_fixed_where_atomics_would_queue(forms):
 def test_pytorch_setting_fixes_the_order(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "fastvq.ops.statistics", lambda *args: asked.append(args[-1]) or (torch.zeros(5), torch.zeros(5, 2))
+        "fastvq.backends.operators.statistics",
+        lambda *args: asked.append(args[-1]) or (torch.zeros(5), torch.zeros(5, 2)),
     )
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     for deterministic in (None, True, False):

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.machine import available_memory
-from bench.problems import Problem
+from bench.harness.machine import available_memory
+from bench.harness.problems import Problem
 
 # Values of a [tokens, K] matrix made at once on a GPU: 4 GiB of float32 with its temporaries.
 _GPU_VALUES = 1 << 28

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.contenders.base import Contender, Prepared, materialising, torch_version
-from bench.outcome import DoesNotApplyError
-from bench.problems import Problem
+from bench.harness.outcome import DoesNotApplyError
+from bench.harness.problems import Problem
 
 
 def search(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.contenders.base import Contender, Prepared, searching, torch_version
-from bench.problems import Problem
+from bench.harness.problems import Problem
 
 # Values of a block: 16 MiB of float32 on a CPU. A GPU is not full with so few.
 _BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}

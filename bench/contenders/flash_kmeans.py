@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contenders.base import Contender, Prepared, with_heads
-from bench.outcome import DoesNotApplyError
-from bench.problems import Problem
+from bench.harness.outcome import DoesNotApplyError
+from bench.harness.problems import Problem
 
 
 def version() -> str:

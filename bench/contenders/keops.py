@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from bench.contenders.base import Contender, Prepared, searching
-from bench.problems import Problem
+from bench.harness.problems import Problem
 
 
 def version() -> str:

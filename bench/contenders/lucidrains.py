@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.contenders.base import Contender, Prepared, searching, training
-from bench.problems import Problem
+from bench.harness.problems import Problem
 
 
 def version() -> str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contenders.base import Contender, Prepared, torch_version, training
-from bench.problems import Problem
+from bench.harness.problems import Problem
 
 _DECAY = 0.99
 _LEAST_USAGE = 1e-5

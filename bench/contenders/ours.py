@@ -9,9 +9,9 @@ from torch import Tensor
 
 import fastvq
 from bench.contenders.base import Contender, Prepared, searching, training, with_heads
-from bench.outcome import DoesNotApplyError
-from bench.problems import Problem
-from fastvq.backends import interpreting
+from bench.harness.outcome import DoesNotApplyError
+from bench.harness.problems import Problem
+from fastvq.backends.choose import interpreting
 
 
 def version() -> str:
@@ -33,8 +33,8 @@ def search_packed(problem: Problem, batches: Sequence[Tensor], codebook: Tensor)
     """The kernels with the codebook packed beforehand, as in evaluation. The call also gives the open tokens."""
     if not (codebook.is_cuda or interpreting()):
         raise DoesNotApplyError("needs a GPU")
-    from fastvq_kernels.pack import pack_codebook
-    from fastvq_kernels.search import certified_search
+    from fastvq_kernels.search.pack_codes import pack_codebook
+    from fastvq_kernels.search.pipeline import certified_search
 
     packed = pack_codebook(codebook, problem.metric)
     return Prepared(

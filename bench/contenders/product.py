@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contenders.base import Contender, Prepared, chunk_note, tokens_per_chunk, torch_version
-from bench.problems import Problem
+from bench.harness.problems import Problem
 
 
 def search(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:

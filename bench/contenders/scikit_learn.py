@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.contenders.base import Contender, Prepared, searching
-from bench.outcome import DoesNotApplyError
-from bench.problems import Problem
+from bench.harness.outcome import DoesNotApplyError
+from bench.harness.problems import Problem
 
 
 def version() -> str:

@@ -37,9 +37,9 @@ from bench.gpu.stage import Stage, run_stage
 from bench.gpu.summary import failures, summary
 from bench.gpu.sweep import sweep
 from bench.gpu.training import training
-from bench.machine import facts
-from bench.store import write_json
-from fastvq.info import pick_device
+from bench.harness.machine import facts
+from bench.harness.store import write_json
+from fastvq.cli.info import pick_device
 
 # Starting Python, PyTorch and a CUDA context.
 _START_SECONDS = 8.0

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from bench.machine import query_gpu
-from bench.problems import dtype_name
-from bench.timing import Clock, seconds_row
+from bench.harness.machine import query_gpu
+from bench.harness.problems import dtype_name
+from bench.harness.timing import Clock, seconds_row
 
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 

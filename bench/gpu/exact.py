@@ -16,9 +16,9 @@ from bench.gpu.problems import MODELS, PUBLISHED, tiny
 from bench.gpu.stage import Row, Stage
 from bench.gpu.sweep import variations
 from bench.gpu.workers import Workers
-from bench.problems import Problem, make_inputs
-from fastvq.cases import adversarial_cases
-from fastvq.verify import judge_all
+from bench.harness.problems import Problem, make_inputs
+from fastvq.cli.verify import judge_all
+from fastvq.testing.cases import adversarial_cases
 
 # Terms x_j, e_kj that the oracle evaluates per problem: about a second on one core.
 _ORACLE_TERMS = 5 * 10**8
@@ -136,8 +136,8 @@ def _other_ways(task: _Sampled, x: Tensor, codebook: Tensor) -> Iterator[tuple[s
     from triton.runtime.errors import OutOfResources
 
     from fastvq_kernels.configs import packed_width
-    from fastvq_kernels.pack import pack_codebook
-    from fastvq_kernels.search import certified_search
+    from fastvq_kernels.search.pack_codes import pack_codebook
+    from fastvq_kernels.search.pipeline import certified_search
 
     problem = task.problem
     if problem.tokens > 3:

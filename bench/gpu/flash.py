@@ -14,8 +14,8 @@ from bench.gpu.problems import PUBLISHED, tiny
 from bench.gpu.rows import RIVALS, measure
 from bench.gpu.stage import Stage
 from bench.gpu.workers import Workers
-from bench.problems import Problem, make_inputs
-from bench.timing import Clock
+from bench.harness.problems import Problem, make_inputs
+from bench.harness.timing import Clock
 
 
 def flash(stage: Stage) -> None:

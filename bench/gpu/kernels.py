@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastvq.measure import synchronize
+from fastvq.testing.measure import synchronize
 
 
 class Kernel(NamedTuple):

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from bench import problems
-from bench.problems import Problem
+from bench.harness import problems
+from bench.harness.problems import Problem
 
 # Sizes of flash-kmeans' published grid.
 PUBLISHED = (

@@ -16,10 +16,10 @@ from bench.gpu.kernels import stage_seconds
 from bench.gpu.problems import MODELS, PUBLISHED, published, tiny
 from bench.gpu.stage import Row, Stage
 from bench.gpu.workers import Workers
-from bench.outcome import describe, failure
-from bench.problems import Problem, make_inputs
-from bench.timing import Clock, seconds_row
-from fastvq.measure import peak_extra_memory
+from bench.harness.outcome import describe, failure
+from bench.harness.problems import Problem, make_inputs
+from bench.harness.timing import Clock, seconds_row
+from fastvq.testing.measure import peak_extra_memory
 
 _REPEATS = 25
 # Rotated batches take at most this much memory.
@@ -106,7 +106,7 @@ def measure(
         broken: why fastvq cannot run, if so.
 
     Returns:
-        One row per contender; ``status`` is ``"ok"`` or what :func:`bench.outcome.failure` says, with ``note``.
+        One row per contender; ``status`` is ``"ok"`` or what :func:`bench.harness.outcome.failure` says, with ``note``.
     """
     buffers = 2 if stage.dry else max(2, min(4, _BATCH_BYTES // (problem.heads * problem.tokens * problem.dim * 4)))
     batches, codebook = make_inputs(problem, stage.device, buffers)

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.outcome import describe
-from bench.store import write_json
+from bench.harness.outcome import describe
+from bench.harness.store import write_json
 
 Item = TypeVar("Item")
 Row = dict[str, Any]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from bench.gpu.stage import Row
-from bench.timing import Clock
-from fastvq_kernels.accumulate import code_statistics
+from bench.harness.timing import Clock
 from fastvq_kernels.configs import atomics_would_queue
+from fastvq_kernels.update.accumulate import code_statistics
 
 # Tokens, codes, dim.
 _SIZES = ((262_144, 4096, 128), (65_536, 16_384, 64), (65_536, 16_384, 8), (8192, 4096, 128))

@@ -14,9 +14,9 @@ from bench.gpu.kernels import compiled_versions, kernels_of
 from bench.gpu.problems import tiny
 from bench.gpu.stage import Row, Stage
 from bench.gpu.workers import Outcome, Workers
-from bench.outcome import describe
-from bench.problems import Problem, make_inputs
-from bench.timing import Clock, seconds_row
+from bench.harness.outcome import describe
+from bench.harness.problems import Problem, make_inputs
+from bench.harness.timing import Clock, seconds_row
 from fastvq_kernels.configs import TOKEN_TILE, ScanConfig, scan_config
 
 # A dimension for each width, the most valuable widths first.
@@ -131,8 +131,8 @@ def _combinations(rows: list[Row]) -> list[dict[str, Any]]:
 
 def run_once(task: _Task) -> Row:
     """Compile and run one configuration; compare its indices with the default's."""
-    from fastvq_kernels.pack import pack_codebook
-    from fastvq_kernels.search import certified_search
+    from fastvq_kernels.search.pack_codes import pack_codebook
+    from fastvq_kernels.search.pipeline import certified_search
 
     (x,), codebook = make_inputs(task.problem, task.device)
     before = len(_compiled_scans())
@@ -149,7 +149,7 @@ def run_once(task: _Task) -> Row:
 
 def _compiled_scans() -> list[Any]:
     """The compiled versions of the scan in this process, the oldest first."""
-    from fastvq_kernels import scan
+    from fastvq_kernels.search import scan
 
     return compiled_versions(scan.scan_kernel)
 
@@ -210,8 +210,8 @@ def paste(config: ScanConfig) -> str:
 
 
 def _searches(problem: Problem, configs: dict[str, ScanConfig], stage: Stage) -> dict[str, Any]:
-    from fastvq_kernels.pack import pack_codebook
-    from fastvq_kernels.search import certified_search
+    from fastvq_kernels.search.pack_codes import pack_codebook
+    from fastvq_kernels.search.pipeline import certified_search
 
     batches, codebook = make_inputs(problem, stage.device, 3)
     searches = {}

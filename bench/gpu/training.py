@@ -12,8 +12,8 @@ import fastvq
 from bench.gpu.kernels import count_compiled
 from bench.gpu.stage import Row, Stage
 from bench.gpu.statistics import statistics
-from bench.outcome import describe
-from fastvq.measure import compare_with_reference
+from bench.harness.outcome import describe
+from fastvq.testing.measure import compare_with_reference
 
 # ESM3's and VideoGPT's codebooks: tokens, codes, dim.
 _STEPS = ((32_768, 4096, 128), (32_768, 2048, 256))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.outcome import describe
+from bench.harness.outcome import describe
 
 # A task: compiling all kernels of one search takes 10 to 20 seconds on a busy core.
 _TASK_SECONDS = 90.0

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 import triton
 
-from .sizes import cdiv, next_power_of_2
+from .launch import cdiv, next_power_of_2
 
 # Tokens that share one scale and one residual bound; every scan tile lies inside one such tile.
 TOKEN_TILE = 256

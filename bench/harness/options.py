@@ -1,0 +1,84 @@
+"""What the user asked for, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench.contenders import CONTENDERS, SPECIAL, offering
+from bench.harness.problems import NAMED, Problem, for_cpu, parse_problems, plain
+from fastvq.cli.info import pick_device
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_USUAL_REPEATS = {"cpu": 5, "cuda": 25}
+_QUICK_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one run.
+
+    Attributes:
+        device: where everything runs.
+        dtype: of tokens and codebook; None for float32, and for all three where precision is the question.
+        shapes: as given; None for those of the benchmark.
+        contenders: as given; None for all that offer the operation.
+        repeats: timed calls of each contender.
+        quick: few and small sizes.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    shapes: tuple[Problem, ...] | None
+    contenders: tuple[str, ...] | None
+    repeats: int
+    quick: bool
+
+    @staticmethod
+    def checked(device: str, dtype: str, shapes: str, contenders: str, repeats: int | None, quick: bool) -> Options:
+        """Options from their text; an empty text, and None for the repeats, stand for the default.
+
+        Raises:
+            ValueError: an option is not among its values; the message names it.
+        """
+        where = pick_device(device)
+        if dtype and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        names = tuple(name.strip() for name in contenders.split(",") if name.strip())
+        unknown = [name for name in names if name not in CONTENDERS and name not in SPECIAL]
+        if unknown:
+            known = ", ".join([*CONTENDERS, *SPECIAL])
+            raise ValueError(f"contenders must be among {known}, got {', '.join(unknown)}")
+        return Options(
+            where,
+            DTYPES.get(dtype),
+            tuple(parse_problems(shapes)) or None,
+            names or None,
+            repeats or _USUAL_REPEATS[where.type],
+            quick,
+        )
+
+    def problems(self, usual: Sequence[str], quick: Sequence[str]) -> list[Problem]:
+        """The problems asked for, or those of the names; those of models are cut to what a CPU does in seconds."""
+        named = [NAMED[name] for name in (quick if self.quick else usual)]
+        problems = [replace(plain(problem), dtype=self.dtype or torch.float32) for problem in self.shapes or named]
+        if self.device.type != "cpu":
+            return problems
+        cut = [for_cpu(problem, _QUICK_TOKENS) if self.quick else for_cpu(problem) for problem in problems]
+        return [now if was.name in NAMED else was for was, now in zip(problems, cut, strict=True)]
+
+    def only_shape(self, benchmark: str) -> Problem | None:
+        """The shape asked for, if any, of a benchmark that takes one.
+
+        Raises:
+            ValueError: more than one was asked for.
+        """
+        if self.shapes and len(self.shapes) > 1:
+            raise ValueError(f"shapes must be one for {benchmark}, got {len(self.shapes)}")
+        return self.shapes[0] if self.shapes else None
+
+    def names(self, operation: str, extra: Sequence[str] = ()) -> list[str]:
+        """Contenders asked for, or all that offer ``"search"`` or ``"train"`` and ``extra``."""
+        return list(self.contenders or [*offering(operation), *extra])

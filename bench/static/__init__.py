@@ -1,0 +1,1 @@
+"""Costs read from machine code."""

@@ -1,0 +1,105 @@
+"""Modelled worst case of `settle` on an H100, all codes equal, against a plain float64 scan of all codes.
+
+Every token is open and `settle` walks through every bin, so arithmetic counts. The
+instructions per chunk of codes, from the machine code, are compared with those of a kernel that evaluates all
+codes in float64 and does nothing else. Left out: memory, whose scattered float64 loads burden both kernels alike.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from bench.static.issue_model import ALU_PIPE, H100
+from bench.static.offline import Compiled, compile_offline
+from bench.static.sass_flow import Flow, read_flow
+from fastvq_kernels.search.exhaustive import BLOCK_K, exact_best
+
+# Lanes per SM and clock, CUDA C++ Programming Guide (9.0): float64 64, conversions from and to 64-bit types 16;
+# 32 load-store units per SM: NVIDIA H100 whitepaper. Shuffles and shared memory pass through these as well.
+_PIPES: Mapping[str, tuple[int, frozenset[str]]] = {
+    "alu": (H100.alu_lanes, frozenset(ALU_PIPE)),
+    "float64": (64, frozenset({"DADD", "DMUL", "DFMA", "DSETP"})),
+    "conversion": (16, frozenset({"F2F"})),
+    "load-store": (32, frozenset({"LDG", "STG", "LDS", "STS", "SHFL"})),
+}
+
+
+@triton.jit
+def exact_scan_kernel(
+    tokens: tl.tensor,
+    codes: tl.tensor,
+    norms: tl.tensor,
+    half_sq: tl.tensor,
+    indices: tl.tensor,
+    K: tl.tensor,
+    D: tl.tensor,
+    BK: tl.constexpr,
+) -> None:
+    """One program evaluates all codes for one token in float64 and nothing else."""
+    i = tl.program_id(0).to(tl.int64)
+    best = tl.full([], float("inf"), tl.float64)
+    code = tl.full([], -1, tl.int64)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK).to(tl.int64)
+        best, code, _ = exact_best(tokens + i * D, codes, norms, half_sq, o_k, o_k < K, best, code, D, "euclidean")
+    tl.store(indices + i, code)
+
+
+def exact_scan(dim: int) -> Compiled:
+    """`exact_scan_kernel` for sm_90, with the chunks and warps of `settle`."""
+    pointers = {"tokens": "*fp32", "codes": "*fp32", "norms": "*fp64", "half_sq": "*fp32", "indices": "*i64"}
+    return compile_offline(
+        exact_scan_kernel,
+        signature={**pointers, "K": "i32", "D": "i32"},
+        constexprs={"BK": BLOCK_K},
+        target="sm_90",
+        num_warps=4,
+        num_stages=3,
+        options={"enable_fp_fusion": False},
+    )
+
+
+def chunk_clocks(compiled: Compiled, dim: int) -> tuple[float, float]:
+    """Clocks per thread and SM that one chunk of codes costs: pipes overlapped, and phase after phase.
+
+    A chunk is one pass of the smallest loop around other loops, by the shortest way that evaluates it in float64: that
+    of equal codes, which are not asked for bounds. The loop over columns, told by its products, has one for each column
+    of a pass.
+    """
+    flow = read_flow(compiled.assembly, compiled.name)
+    loops = flow.loops()
+    around = [head for head in loops if any(body < loops[head] for body in loops.values())]
+    chunk = min(around, key=lambda head: len(loops[head]))
+    columns = {head: _count(flow, body)["DMUL"] for head, body in loops.items() if body < loops[chunk]}
+    widest = max(columns, key=lambda head: columns[head])  # others take what is left of columns
+    path = set(flow.shortest_pass(chunk, loops[chunk], widest))
+    passes = dim // columns[widest]
+    exact = Counter({opcode: passes * n for opcode, n in _count(flow, loops[widest]).items()})
+    rest = _count(flow, path - loops[widest])
+    return _clocks(exact + rest), _clocks(exact) + _clocks(rest)
+
+
+def _count(flow: Flow, instructions: set[int]) -> Counter[str]:
+    return Counter(flow.opcodes[at].split(".")[0] for at in instructions)
+
+
+def _clocks(counts: Counter[str]) -> float:
+    pipes = [sum(n for op, n in counts.items() if op in ops) / lanes for lanes, ops in _PIPES.values()]
+    return max(sum(counts.values()) / H100.issue_lanes, *pipes)
+
+
+def worst_case_row(settle: Compiled, dim: int) -> dict[str, Any]:
+    """`settle` with every token open and every bin walked, against the plain float64 scan; ratios of clocks."""
+    ours, plain = chunk_clocks(settle, dim), chunk_clocks(exact_scan(dim), dim)
+    return {
+        "kernel": "settle worst-case model",
+        "target": "sm_90",
+        "D": dim,
+        "ratio_overlapped": ours[0] / plain[0],
+        "ratio_serial": ours[1] / plain[1],
+    }

@@ -1,0 +1,1 @@
+"""Which implementation runs: the choice, and the three that there are."""

@@ -1,0 +1,88 @@
+"""What the public functions demand of their arguments. Every error names the argument and says what was expected."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from fastvq.backends.choose import METRICS
+from fastvq.common.tracing import is_traced
+
+
+def check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
+    """Raises where ``x`` cannot be searched in ``codebook``, or ``metric`` is unknown."""
+    check_floating("x", x)
+    check_codebook(codebook)
+    if x.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"codebook must be {_expected_codebook(codebook, x.shape[-1])} to match x, got {list(codebook.shape)}"
+        )
+    if codebook.dim() == 3 and (x.dim() < 2 or x.shape[0] != codebook.shape[0]):
+        raise ValueError(
+            f"x must be [{codebook.shape[0]}, ..., {x.shape[-1]}] to match the heads of codebook, got {list(x.shape)}"
+        )
+    check_same_device("codebook", codebook, x)
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
+
+
+def check_codebook(codebook: Tensor) -> None:
+    """Raises where ``codebook`` does not hold codes ``[K, D]`` or ``[H, K, D]``."""
+    check_floating("codebook", codebook)
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"codebook must be [n_codes, D] or [heads, n_codes, D], got {list(codebook.shape)}")
+    if 0 in codebook.shape:
+        raise ValueError(f"codebook must hold at least one code, got {list(codebook.shape)}")
+
+
+def _expected_codebook(codebook: Tensor, dim: int) -> str:
+    return f"[n_codes, {dim}]" if codebook.dim() == 2 else f"[heads, n_codes, {dim}]"
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises where ``value`` is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {describe(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Raises where ``value`` is not a floating tensor ``[..., D]`` with D ≥ 1."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{name} must have a last dimension of at least 1, got {list(value.shape)}")
+
+
+def check_same_device(name: str, value: Tensor, other: Tensor) -> None:
+    """Raises where ``value`` is on another device than ``other``."""
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like the other tensor, got {value.device}")
+
+
+def check_range(indices: Tensor, n_codes: int) -> None:
+    """Raises where one is outside ``[-1, n_codes)``; another device than the CPU would have to be waited for."""
+    if indices.device.type != "cpu" or is_traced(indices) or indices.numel() == 0:
+        return
+    least, most = (int(end) for end in torch.aminmax(indices))
+    if least < -1 or most >= n_codes:
+        raise ValueError(f"indices must be in [-1, {n_codes}), got {least if least < -1 else most}")
+
+
+def check_mask(mask: Tensor | None, x: Tensor) -> None:
+    """Raises where ``mask`` is not a boolean tensor of the leading shape of ``x``."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a boolean tensor, got {describe(mask)}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {list(x.shape[:-1])}, the leading shape of x, got {list(mask.shape)}")
+    check_same_device("mask", mask, x)
+
+
+def describe(value: object) -> str:
+    """What came instead: the dtype of a tensor, or a type."""
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

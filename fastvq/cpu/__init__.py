@@ -1,0 +1,1 @@
+"""The certified search, the statistics and the moving averages in plain PyTorch."""

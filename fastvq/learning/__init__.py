@@ -1,0 +1,1 @@
+"""How a codebook learns: k-means, restarts, and the statistics of a batch."""

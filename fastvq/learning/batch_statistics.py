@@ -1,0 +1,56 @@
+"""What an update of the codebook needs of the tokens, collected over batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq.common.distributed import start_sums
+from fastvq.functional import code_statistics
+from fastvq.learning.restart import Draw, draw_tokens, merge, over_ranks
+
+
+class Update(NamedTuple):
+    """Statistics of all ranks: ``counts [K]``, ``sums [K, D]``, and tokens for dead codes ``rows [K, D]``.
+
+    ``found`` is a scalar bool, whether there was a token; both are None where no code restarts.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    rows: Tensor | None
+    found: Tensor | None
+
+
+class Seen(NamedTuple):
+    """Statistics of this rank's tokens since the last update."""
+
+    counts: Tensor
+    sums: Tensor
+    draw: Draw | None
+
+    def plus(self, other: Seen) -> Seen:
+        """Those of the tokens of both."""
+        draw = merge(self.draw, other.draw) if self.draw and other.draw else other.draw
+        return Seen(self.counts + other.counts, self.sums + other.sums, draw)
+
+    def start_update(self, sync: bool) -> Callable[[], Update]:
+        """Start the sum over all ranks; the result waits for it."""
+        finish = start_sums((self.counts, self.sums), sync)
+
+        def update() -> Update:
+            counts, sums = finish()
+            return Update(counts, sums, *(over_ranks(self.draw, sync) if self.draw else (None, None)))
+
+        return update
+
+
+@torch.no_grad()
+def collect(tokens: Tensor, indices: Tensor, n_codes: int, restarts: bool) -> Seen:
+    """Statistics of ``tokens [..., D]`` by ``indices [...]``, -1 left out, with a draw where codes restart."""
+    tokens, indices = tokens.detach().reshape(-1, tokens.shape[-1]), indices.reshape(-1)
+    counts, sums = code_statistics(tokens, indices, n_codes)
+    return Seen(counts, sums, draw_tokens(tokens.float(), indices >= 0, n_codes) if restarts else None)

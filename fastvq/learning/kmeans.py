@@ -1,0 +1,240 @@
+"""k-means on the exact search: a codebook learned from tokens that are all there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq.common import distributed
+from fastvq.common.checks import check_count, check_floating, check_mask
+from fastvq.common.directions import unit, unit_or
+from fastvq.functional import code_statistics, nearest_code
+from fastvq.learning.seeding import TokenBatches, draw_rows, pick_codes
+
+# Rounds in which candidates are drawn in proportion to their squared distance, after one that draws evenly.
+_ROUNDS = 2
+_Report = Callable[[int, float], None]
+
+
+class KMeans(NamedTuple):
+    """Result of :func:`kmeans`.
+
+    ``codes [K, D]`` float32, ``counts [K]`` int64, the tokens nearest to each, ``inertia``, the sum of their squared
+    distances, and the number of ``iterations`` that moved the codes.
+    """
+
+    codes: Tensor
+    counts: Tensor
+    inertia: float
+    iterations: int
+
+
+def kmeans(
+    x: Tensor | Iterable[Tensor],
+    n_codes: int,
+    *,
+    metric: str = "euclidean",
+    mask: Tensor | None = None,
+    init: str = "k-means++",
+    max_iterations: int = 100,
+    tolerance: float = 1e-4,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+    sync: bool = True,
+    progress: bool = False,
+) -> KMeans:
+    """K codes that make ``Σ_i min_k |x_i - e_k|²`` small, by Lloyd's iterations, without a ``[tokens, codes]`` matrix.
+
+    Each iteration moves every code to the mean of the tokens nearest to it. A code without tokens restarts from a
+    token, drawn with odds of the squared distance to its code. ``metric="cosine"`` clusters ``x / |x|`` with codes of
+    norm 1 (spherical k-means).
+
+    ``init="k-means++"`` is k-means|| of Bahmani et al. 2012 (arXiv 1203.6402) with exactly K candidates in each of
+    three rounds, the first drawn evenly, the others with odds of the squared distance to the candidates so far. From
+    them, weighted by the tokens nearest to each, K are picked in at most 256 turns, one each up to 256 codes (which
+    is k-means++, Arthur and Vassilvitskii 2007). ``"random"`` takes K tokens.
+
+    With ``torch.distributed`` every rank passes its own tokens and gets the codes of all, the same bit for bit.
+
+    Args:
+        x: tokens ``[..., D]``, floating, or an iterable of them that can be iterated more than once (a list, a
+            DataLoader), at least one on every rank; a batch may be empty. Tokens that hold a NaN or an infinity are
+            left out.
+        n_codes: K ≥ 1. With fewer distinct tokens the last codes repeat the first.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        mask: bool ``[...]``, True for a real token, where ``x`` is one tensor. Default: all.
+        init: ``"k-means++"`` or ``"random"``.
+        max_iterations: at most so many times are the codes moved.
+        tolerance: stop when an iteration lowers the inertia by no more than this share; 0: when it lowers it no more.
+        generator: a CPU generator; rank 0's decides. Default: PyTorch's own.
+        backend: as in :func:`fastvq.nearest_code`.
+        sync: take part with all ranks.
+        progress: show a progress bar (needs rich).
+
+    Returns:
+        :class:`KMeans`; ``counts`` and ``inertia`` belong to the ``codes`` returned.
+
+    Raises:
+        TypeError: ``x`` is an iterator, which can be read only once, or holds something else than floating tensors.
+        ValueError: there is no finite token, or an argument is out of its range.
+    """
+    for name, value, choices in (("metric", metric, ("euclidean", "cosine")), ("init", init, ("k-means++", "random"))):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    check_count("n_codes", n_codes, 1)
+    check_count("max_iterations", max_iterations, 0)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+
+    def prepare(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        check_floating("x", tokens)
+        check_mask(mask, tokens)
+        return flatten(tokens, mask, metric)
+
+    with _shown(max_iterations) if progress else _silent() as report:
+        found = cluster(
+            Batches(x, mask, prepare),
+            n_codes,
+            max_iterations,
+            metric,
+            backend,
+            sync,
+            init=init,
+            tolerance=tolerance,
+            generator=generator,
+            report=report,
+        )
+    if found is None:
+        raise ValueError("x must hold at least one finite token, got none on any rank")
+    return found
+
+
+class Batches:
+    """``x``, one tensor or several, as pairs that ``prepare`` makes of each and its mask; can be read many times."""
+
+    def __init__(
+        self,
+        x: Tensor | Iterable[Tensor],
+        mask: Tensor | None,
+        prepare: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    ) -> None:
+        if isinstance(x, Iterator) or not isinstance(x, (Tensor, Iterable)):
+            raise TypeError(
+                f"x must be a tensor or an iterable that can be read more than once (a list, a DataLoader), got "
+                f"{'the iterator ' if isinstance(x, Iterator) else ''}{type(x).__name__}"
+            )
+        if mask is not None and not isinstance(x, Tensor):
+            raise ValueError("mask must be None where x is an iterable of batches; select the real tokens of each")
+        self._batches = [x] if isinstance(x, Tensor) else x
+        self._mask = mask
+        self._prepare = prepare
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        dim = None
+        for batch in self._batches:
+            tokens, real = self._prepare(batch, self._mask)
+            if tokens.shape[1] != (dim or tokens.shape[1]):
+                raise ValueError(f"x must hold batches of one dimension, got {dim} and {tokens.shape[1]}")
+            dim = tokens.shape[1]
+            yield tokens, real
+        if dim is None:
+            raise ValueError("x must hold at least one batch, got none")
+
+
+def flatten(tokens: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
+    """``tokens [..., D]`` as float32 ``[n, D]``, of norm 1 for the cosine, and which of them are real, bool ``[n]``."""
+    rows = tokens.detach().reshape(-1, tokens.shape[-1]).float()
+    real = torch.isfinite(rows).all(1)
+    return unit(rows) if metric == "cosine" else rows, real if mask is None else real & mask.reshape(-1)
+
+
+@torch.no_grad()
+def cluster(
+    batches: TokenBatches,
+    n_codes: int,
+    max_iterations: int,
+    metric: str,
+    backend: str,
+    sync: bool,
+    *,
+    init: str = "k-means++",
+    tolerance: float = 1e-4,
+    generator: torch.Generator | None = None,
+    report: _Report = lambda iteration, inertia: None,
+) -> KMeans | None:
+    """:func:`kmeans` of prepared ``batches``; None where no rank has a token."""
+    device = next(tokens.device for tokens, _ in batches)
+    drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(device)
+    seed = int(distributed.broadcast_from_rank_0(drawn, sync))
+    together = torch.Generator(device).manual_seed(seed)
+    own = torch.Generator(device).manual_seed(seed + 1 + distributed.rank(sync))
+
+    def distances(tokens: Tensor, codes: Tensor, real: Tensor) -> Tensor:
+        """Squared distance to the nearest code, 0 for a token that is not real."""
+        indices = nearest_code(tokens, codes, mask=real, backend=backend)
+        return torch.where(indices < 0, 0, (tokens - codes[indices.clamp(min=0)]).square().sum(1))
+
+    def draw_far(n: int, codes: Tensor) -> Tensor:
+        return draw_rows(((tokens, distances(tokens, codes, real)) for tokens, real in batches), n, own, sync)
+
+    def assign(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts ``[K]``, sums ``[K, D]`` and inertia of all ranks' tokens, float64."""
+        counts, sums, inertia = (codes.new_zeros(s, dtype=torch.float64) for s in ((len(codes),), codes.shape, (1,)))
+        for tokens, real in batches:
+            indices = nearest_code(tokens, codes, mask=real, backend=backend)
+            batch_counts, batch_sums = code_statistics(tokens, indices, len(codes))
+            counts += batch_counts
+            sums += batch_sums
+            apart = (tokens - codes[indices.clamp(min=0)]).double().square().sum(1)
+            inertia += torch.where(indices < 0, 0, apart).sum()
+        counts, sums, inertia = distributed.start_sums((counts, sums, inertia), sync)()
+        return counts, sums, inertia
+
+    codes = draw_rows(((tokens, real.float()) for tokens, real in batches), n_codes, own, sync)
+    if len(codes) == 0:
+        return None
+    if init == "k-means++":
+        for _ in range(_ROUNDS):
+            codes = torch.cat([codes, draw_far(n_codes, codes)])
+        codes = pick_codes(codes, assign(codes)[0], n_codes, distances, together)
+    # With fewer distinct tokens than codes.
+    codes = codes[torch.arange(n_codes, device=device) % len(codes)]
+    codes = distributed.broadcast_from_rank_0(codes, sync)
+
+    previous, had_converged = float("inf"), False
+    for iteration in range(max_iterations + 1):
+        counts, sums, inertia = assign(codes)
+        report(iteration, float(inertia))
+        has_converged = float(inertia) >= (1 - tolerance) * previous
+        is_empty = counts == 0
+        # A restart may not help for ever: means of equal tokens are rounded, and leave distances to restart from.
+        is_done = has_converged and (had_converged or not is_empty.any())
+        if iteration == max_iterations or is_done:
+            break
+        means = (sums / counts.clamp(min=1)[:, None]).float()
+        moved = torch.where(is_empty[:, None], codes, unit_or(means, codes) if metric == "cosine" else means)
+        if is_empty.any():
+            empty = is_empty.nonzero()[:, 0]
+            rows = draw_far(len(empty), moved)
+            moved[empty[: len(rows)]] = rows
+        codes, previous, had_converged = moved, float(inertia), has_converged
+    return KMeans(codes, counts.long(), float(inertia), iteration)
+
+
+@contextmanager
+def _silent() -> Iterator[_Report]:
+    yield lambda iteration, inertia: None
+
+
+@contextmanager
+def _shown(max_iterations: int) -> Iterator[_Report]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = TextColumn("k-means"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}")
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=max_iterations)
+        yield lambda iteration, inertia: bar.update(task, completed=iteration, description=f"inertia {inertia:.6g}")

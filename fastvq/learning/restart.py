@@ -1,0 +1,109 @@
+"""Random tokens that become codes, at the first batch and in place of dead codes; and which codes are dead.
+
+Every draw proposes a token for each of the K codes, dead or not: which codes are dead is known on the device only.
+Proposals of several batches or ranks are merged code by code with odds of their numbers of tokens, so that each token
+of all of them is as likely as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq.common import distributed
+from fastvq.common.tracing import may_read
+
+# The low bits of a key name the rank, so that no two ranks win the same code.
+_RANK_BITS = 16
+
+
+class Draw(NamedTuple):
+    """A token for every code, ``rows [K, D]`` float32, and how many tokens they were drawn from, a scalar tensor.
+
+    The rows mean nothing where ``n_tokens`` is 0.
+    """
+
+    rows: Tensor
+    n_tokens: Tensor
+
+
+def draw_tokens(tokens: Tensor, real: Tensor, n_codes: int) -> Draw:
+    """K random real tokens, without replacement while there are enough.
+
+    With fewer than K tokens they are repeated with a little noise, ``0.01/√D`` (VideoGPT's rule). Where padding leaves
+    fewer, a repeated one moves up to 1 % of the way to another, so that no two codes are the same.
+
+    Args:
+        tokens: ``[n, D]`` float32.
+        real: bool ``[n]``, which of them may be drawn.
+        n_codes: K.
+    """
+    n_tokens = real.sum()
+    if len(tokens) == 0:
+        return Draw(tokens.new_zeros(n_codes, tokens.shape[1]), n_tokens)
+    tiled = tile(tokens, n_codes)
+    real = real.repeat(-(-len(tiled) // len(tokens)))
+    order = torch.randperm(len(tiled), device=tiled.device)
+    # Real tokens first, in their random order; the draw starts over when they do not suffice.
+    # (gather: TorchInductor 2.13 fails to match its own pattern on an index by randperm.)
+    order = order.gather(0, torch.argsort(~real.gather(0, order), stable=True))
+    n_real, place = real.sum().clamp(min=1), torch.arange(n_codes, device=tiled.device)
+    rows = tiled[order[place % n_real]]
+    # Other devices than the CPU would have to be waited for.
+    if n_real.device.type == "cpu" and may_read(n_real) and n_real >= n_codes:
+        return Draw(rows, n_tokens)
+    turn = place // n_real
+    others = tiled[order[(place + 1 + turn % (n_real - 1).clamp(min=1)) % n_real]]
+    moved = torch.lerp(rows, others, (0.01 * turn / (turn + 1))[:, None])
+    return Draw(torch.where(turn[:, None] > 0, moved, rows), n_tokens)
+
+
+def tile(x: Tensor, n_codes: int) -> Tensor:
+    """``x [n, D]`` if it has at least K rows, otherwise repeated with a little noise."""
+    if len(x) >= n_codes or len(x) == 0:
+        return x
+    x = x.repeat(-(-n_codes // len(x)), 1)
+    return x + torch.randn_like(x) * (0.01 / x.shape[1] ** 0.5)
+
+
+def merge(first: Draw, second: Draw) -> Draw:
+    """One draw from the tokens of both."""
+    n_tokens = first.n_tokens + second.n_tokens
+    chosen = torch.rand_like(first.rows[:, :1]) * n_tokens < second.n_tokens
+    return Draw(torch.where(chosen, second.rows, first.rows), n_tokens)
+
+
+def over_ranks(draw: Draw, sync: bool) -> tuple[Tensor, Tensor]:
+    """One draw from the tokens of all ranks, the same on each: ``rows [K, D]``, and whether there was a token at all.
+
+    A race decides for every code: rank r's arrival time is exponential with rate ``n_r``, so that it is the first
+    with odds of ``n_r`` (Efraimidis and Spirakis 2006). A rank without tokens never arrives.
+    """
+    if not distributed.is_distributed(sync):
+        return draw.rows, draw.n_tokens > 0
+    never = torch.full((), torch.inf, dtype=torch.float64, device=draw.rows.device)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    # Numbers for all ranks, so that those of two ranks differ where both were seeded alike.
+    uniform = torch.rand(world_size, len(draw.rows), dtype=torch.float64, device=draw.rows.device)[rank]
+    arrival = torch.where(draw.n_tokens > 0, -uniform.clamp(min=1e-300).log() / draw.n_tokens, never)
+    # Positive numbers are ordered as their bits are.
+    keys = (arrival.view(torch.int64) >> _RANK_BITS << _RANK_BITS) | rank
+    first = distributed.all_reduce_min(keys)
+    is_mine = (first & ((1 << _RANK_BITS) - 1)) == rank
+    found = first >> _RANK_BITS < never.view(torch.int64) >> _RANK_BITS
+    rows = torch.where((is_mine & found)[:, None], draw.rows, 0)
+    return distributed.all_reduce_sum(rows), found.all()
+
+
+def draw_codes(batches: Iterable[tuple[Tensor, Tensor]], n_codes: int, sync: bool) -> tuple[Tensor, Tensor]:
+    """:func:`over_ranks` of one draw from all ``batches`` of tokens ``[n, D]`` and which are real ``[n]``."""
+    return over_ranks(reduce(merge, (draw_tokens(*batch, n_codes) for batch in batches)), sync)
+
+
+def is_dead(N: Tensor, restart_thres: float, restart_thres_relative: float | None) -> Tensor:
+    """Which codes are rarely used, bool ``[K]``: ``N_k`` is below ``restart_thres`` or the share of ``ΣN / K``."""
+    return N < (restart_thres if restart_thres_relative is None else N.sum() * (restart_thres_relative / len(N)))

@@ -1,0 +1,71 @@
+"""Random draws of k-means: tokens with given odds, and the first codes.
+
+A draw is a race: a token of weight w arrives at a time that is exponential with rate w, and the first n are taken.
+That is drawing without replacement with odds of w (Efraimidis and Spirakis 2006, "Weighted random sampling with a
+reservoir"); it needs no sum of weights, reads the tokens once in batches of any size, and merges over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from fastvq.common.distributed import all_gather
+
+# Tokens [n, D] float32 and which of them are real [n], batch by batch; iterated more than once.
+TokenBatches = Iterable[tuple[Tensor, Tensor]]
+# Distance to the nearest of some codes: squared distances [n], 0 where there is none.
+Distances = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Codes are picked from the candidates in at most this many turns.
+_TURNS = 256
+
+
+def draw_rows(batches: Iterable[tuple[Tensor, Tensor]], n: int, generator: torch.Generator, sync: bool) -> Tensor:
+    """At most n tokens of all ranks, without replacement, with odds of their weights: the same rows on every rank.
+
+    Args:
+        batches: tokens ``[m, D]`` and their weights ``[m]``, floating; at least one batch; weight 0 is never drawn.
+        n: how many are wanted; fewer come where fewer have a positive weight.
+        generator: of this rank.
+        sync: draw from the tokens of all ranks.
+    """
+    best: tuple[Tensor, Tensor] | None = None
+    for tokens, weights in batches:
+        arrival = torch.empty_like(weights, dtype=torch.float64).exponential_(generator=generator)
+        keys = torch.where(weights > 0, weights.double() / arrival, 0)
+        if best is None:
+            best = keys.new_zeros(n), tokens.new_zeros(n, tokens.shape[1])
+        best = _first(torch.cat([best[0], keys]), torch.cat([best[1], tokens]), n)
+    if best is None:
+        raise ValueError("x must hold at least one batch, got none")
+    keys, rows = _first(all_gather(best[0], sync), all_gather(best[1], sync), n)
+    return rows[keys > 0]
+
+
+def _first(keys: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    keys, order = keys.topk(n)
+    return keys, rows[order]
+
+
+def pick_codes(
+    candidates: Tensor, weights: Tensor, n_codes: int, distances: Distances, generator: torch.Generator
+) -> Tensor:
+    """k-means++ on weighted ``candidates [m, D]``: at most K of them, each with odds of weight times squared distance.
+
+    In each of at most 256 turns, ``⌈K/256⌉`` codes are drawn with the odds at its start, so that up to 256 codes this
+    is k-means++ itself (Arthur and Vassilvitskii 2007).
+    """
+    per_turn = -(-n_codes // _TURNS)
+    codes = candidates[:0]
+    nearest = torch.ones_like(weights)
+    while len(codes) < n_codes:
+        n = min(per_turn, n_codes - len(codes))
+        drawn = draw_rows([(candidates, weights * nearest)], n, generator, sync=False)
+        if len(drawn) == 0:
+            break
+        apart = distances(candidates, drawn, torch.ones_like(weights, dtype=torch.bool))
+        nearest = torch.minimum(nearest, apart) if len(codes) else apart
+        codes = torch.cat([codes, drawn])
+    return codes

@@ -1,0 +1,285 @@
+"""The codebook as a module: nearest code, straight-through gradient, update by exponential moving averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq.backends import operators as ops
+from fastvq.backends.choose import BACKENDS
+from fastvq.backends.codebook_cache import KeptCodebook
+from fastvq.common.checks import check_count, check_mask
+from fastvq.common.directions import unit, unit_or
+from fastvq.common.tracing import may_read
+from fastvq.functional import pass_through, search_codes
+from fastvq.learning import restart
+from fastvq.learning.batch_statistics import Seen, Update, collect
+from fastvq.learning.kmeans import Batches, cluster, flatten
+from fastvq.learning.seeding import TokenBatches
+from fastvq.nn.layout import as_given, tokens_last
+from fastvq.nn.state import CodebookState
+from fastvq.reference import Quantized
+
+_INITS = ("first_batch", "kmeans")
+_METRICS = ("euclidean", "cosine")
+
+
+class EMACodebook(CodebookState):
+    """Vector quantizer whose codes follow the tokens they win; a drop-in for ESM3's class.
+
+    Checkpoints of VideoGPT's and TATS's ``Codebook`` load too.
+
+    A training step, with ``γ = ema_decay``, ``n_k`` tokens won by code k and ``s_k`` their sum over all ranks::
+
+        N_k   ← γ N_k + (1 - γ) n_k
+        z_k   ← γ z_k + (1 - γ) s_k
+        E_k   ← z_k / w_k,   w_k = (N_k + ε) / (ΣN + K ε) · ΣN,   ε = 1e-7
+        E_k   ← a random token where N_k < restart_thres,  if random restart is on
+
+    The returned codes are those before the update. Sources: van den Oord et al. 2017 (arXiv 1711.00937, appendix
+    A.1); ESM3 ``esm/layers/codebook.py``; VideoGPT ``videogpt/vqvae.py``.
+
+    With ``metric="cosine"`` each token stands for its direction ``u = z / |z|``: the code of the largest
+    ``u·e / |e|`` wins, ``s_k`` sums the ``u``, codes are normalised after each update, ``quantized`` is the code of
+    norm 1, and ``loss = w · mean (u - e)² = w · 2 (1 - cos) / D``; gradients reach z through u (the rule of
+    LlamaGen's quantizer and of lucidrains' ``use_cosine_sim``).
+
+    State (buffers, the keys of the original classes, always float32): ``embeddings [K, D]``, ``N [K]``,
+    ``z_avg [K, D]``. The first training batch that holds a token initialises them, unless a state was loaded; when
+    compiled, the first batch has to hold one.
+
+    Many processes: every rank holds the same state, bit for bit. A step costs one all-reduce of ``[K, D + 1]``, and
+    with random restart one of ``[K]`` and one of ``[K, D]``; a rank may have no tokens. Every rank has to load a
+    checkpoint; for DistributedDataParallel, which copies the buffers of rank 0, that one is enough unless compiled.
+
+    Args:
+        n_codes: K ≥ 1.
+        embedding_dim: D ≥ 1.
+        no_random_restart: leave rarely used codes alone. False re-draws them in every step, from the tokens of all
+            ranks; ``N`` and ``z_avg`` stay, so that an unused code is another token in each step.
+        restart_thres: a code is rarely used while its moving count ``N_k`` is below this many tokens per step.
+        ema_decay: γ in [0, 1).
+        restart_threshold_relative: replaces ``restart_thres`` by this share of the mean count ``ΣN / K``, which does
+            not depend on the batch size.
+        restart_resets_statistics: a restarted code gets ``N = 1`` and ``z_avg`` = its token, so that it stays until
+            its count has decayed again (RQ-VAE's rule).
+        init: what the first batch does: ``"first_batch"`` takes random tokens, ``"kmeans"`` clusters them.
+        kmeans_iterations: at most this many, for ``init="kmeans"``.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        commitment_weight: ``w``, the factor of the loss.
+        channel_first: tokens come and go as ``[b, D, ...]``, for example ``[b, c, h, w]``.
+        sync: sum over the ranks of ``torch.distributed``. False: every process has a codebook of its own.
+        backend: as in :func:`fastvq.nearest_code`.
+        device: where the buffers are created.
+
+    Attributes:
+        freeze_codebook: True stops initialisation and updates in training as well, and promises that the codes stay.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is not positive, ``ema_decay`` is outside [0, 1), a threshold is negative, or ``init``,
+            ``metric`` or ``backend`` is unknown.
+    """
+
+    def __init__(
+        self,
+        n_codes: int,
+        embedding_dim: int,
+        no_random_restart: bool = True,
+        restart_thres: float = 1.0,
+        ema_decay: float = 0.99,
+        *,
+        restart_threshold_relative: float | None = None,
+        restart_resets_statistics: bool = False,
+        init: str = "first_batch",
+        kmeans_iterations: int = 10,
+        metric: str = "euclidean",
+        commitment_weight: float = 0.25,
+        channel_first: bool = False,
+        sync: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_count("n_codes", n_codes, 1)
+        check_count("embedding_dim", embedding_dim, 1)
+        check_count("kmeans_iterations", kmeans_iterations, 0)
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+        thresholds = {"restart_thres": restart_thres, "restart_threshold_relative": restart_threshold_relative}
+        for name, threshold in thresholds.items():
+            if threshold is not None and not threshold >= 0:
+                raise ValueError(f"{name} must be at least 0, got {threshold}")
+        for name, value, choices in (
+            ("init", init, _INITS),
+            ("metric", metric, _METRICS),
+            ("backend", backend, BACKENDS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        codes = torch.randn(n_codes, embedding_dim, dtype=torch.float32, device=device)
+        super().__init__(unit(codes) if metric == "cosine" else codes)
+        self.n_codes = n_codes
+        self.embedding_dim = embedding_dim
+        self.no_random_restart = no_random_restart
+        self.restart_thres = restart_thres
+        self.ema_decay = ema_decay
+        self.restart_threshold_relative = restart_threshold_relative
+        self.restart_resets_statistics = restart_resets_statistics
+        self.init = init
+        self.kmeans_iterations = kmeans_iterations
+        self.metric = metric
+        self.commitment_weight = commitment_weight
+        self.channel_first = channel_first
+        self.sync = sync
+        self.backend = backend
+        self.freeze_codebook = False
+        self._accumulates = False
+        self._pending: Seen | None = None
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        """Quantize ``z``; in training also update the codebook.
+
+        Args:
+            z: tokens ``[..., D]``, or ``[b, D, ...]`` with ``channel_first``; any floating dtype and strides.
+            mask: bool ``[...]``, the shape of ``z`` without D, True for a real token; padding takes no part in
+                anything and gets index -1, a zero output and no gradient. Default: all.
+
+        Returns:
+            ``(quantized, indices [...] int64, commitment loss)`` as :func:`fastvq.quantize`; ``quantized`` has the
+            layout and the dtype of ``z``.
+
+        Raises:
+            TypeError, ValueError: as :func:`fastvq.quantize`.
+        """
+        tokens = tokens_last(z, self.embedding_dim, self.channel_first)
+        learns = self.training and not self.freeze_codebook
+        if learns and self._need_init:
+            self._init_embeddings(z, mask)
+        kept = None if learns or (z.is_cuda and not self.freeze_codebook) else self._kept
+        indices = search_codes(tokens, self.embeddings, self.metric, mask, self.backend, kept)
+        if self.metric == "cosine":
+            # What padding holds would turn its gradient into NaN.
+            tokens = unit(tokens if mask is None else torch.where(mask[..., None], tokens, 0))
+        update = self._start_update(tokens, indices) if learns else None
+        quantized, loss = pass_through(tokens, self.embeddings, indices, mask, self.commitment_weight)
+        if update is not None:
+            self._update(update())
+        return Quantized(as_given(quantized.to(z.dtype), z, self.channel_first), indices, loss)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Training steps inside collect statistics; the first one after it updates the codebook with all of them.
+
+        The result is that of one step on all batches together, as ``no_sync()`` of DistributedDataParallel gives it
+        for gradients, and no process waits for another inside. Initialisation does not wait: it takes the first batch.
+        What was collected is no part of the state dict. It is dropped by a new codebook (:meth:`initialize`,
+        ``load_state_dict``), and that of the steps inside by an exception that leaves the block.
+        """
+        before, pending = self._accumulates, self._pending
+        self._accumulates = True
+        try:
+            yield
+        except BaseException:
+            self._pending = pending
+            raise
+        finally:
+            self._accumulates = before
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor | Iterable[Tensor], mask: Tensor | None = None) -> None:
+        """Learn the first codes from ``x`` now, as ``init`` says, whatever the codebook holds.
+
+        Args:
+            x: tokens as :meth:`forward` takes them, or an iterable of them that can be iterated more than once. With
+                many processes every rank calls this with its own part.
+            mask: as in :meth:`forward`, for one batch.
+
+        Raises:
+            TypeError: ``x`` is an iterator, which can be read only once.
+            ValueError: there is no finite token, or a shape does not match.
+        """
+        if not self._learn_codes(Batches(x, mask, self._candidates)):
+            raise ValueError("x must hold at least one finite token, got none on any rank")
+
+    def _tile(self, x: Tensor) -> Tensor:
+        """``x`` repeated to at least K rows, as the published classes offer it."""
+        return restart.tile(x, self.n_codes)
+
+    def _candidates(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All tokens ``[n, D]`` float32, as the codebook learns from them, and which may become a code ``[n]``."""
+        tokens = tokens_last(z, self.embedding_dim, self.channel_first).detach()
+        check_mask(mask, tokens)
+        return flatten(tokens, mask, self.metric)
+
+    @torch.no_grad()
+    def _init_embeddings(self, z: Tensor, mask: Tensor | None = None) -> None:
+        """The first codes, from the first batch that holds a token on any rank."""
+        # The state may have come from elsewhere: DistributedDataParallel copies that of rank 0.
+        if may_read(self.N) and self.N.any():
+            self._need_init = False
+        else:
+            self._learn_codes([self._candidates(z, mask)])
+
+    def _set_codes(self, codes: Tensor) -> None:
+        super()._set_codes(codes)
+        self._pending = None  # the tokens of other codes
+
+    def _learn_codes(self, batches: TokenBatches) -> bool:
+        """Whether there was a token to learn from."""
+        if self.init == "kmeans":
+            if not may_read(self.N):
+                raise RuntimeError("init='kmeans' cannot be compiled: call initialize(batch) before the first step")
+            learned = cluster(batches, self.n_codes, self.kmeans_iterations, self.metric, self.backend, self.sync)
+            if learned is None:
+                return False
+            self._set_codes(learned.codes)
+            return True
+        rows, found = restart.draw_codes(batches, self.n_codes, self.sync)
+        if may_read(found) and not found:
+            return False
+        self._set_codes(torch.where(found, rows, self.embeddings))
+        return True
+
+    def _start_update(self, tokens: Tensor, indices: Tensor) -> Callable[[], Update] | None:
+        """Collect the statistics and start their sum over the ranks, unless further batches are to come first."""
+        seen = collect(tokens, indices, self.n_codes, restarts=not self.no_random_restart)
+        if self._pending is not None:
+            seen = self._pending.plus(seen)
+        self._pending = seen if self._accumulates else None
+        return None if self._accumulates else seen.start_update(self.sync)
+
+    @torch.no_grad()
+    def _update(self, update: Update) -> None:
+        before = self.embeddings.clone() if self.metric == "cosine" else None
+        ops.ema_step(
+            self.embeddings,
+            self.N,
+            self.z_avg,
+            *update,
+            decay=self.ema_decay,
+            restart_thres=self.restart_thres,
+            restart_thres_relative=self.restart_threshold_relative,
+            resets=self.restart_resets_statistics,
+        )
+        if before is not None:
+            self.embeddings.copy_(torch.where(self.N.sum() > 0, unit_or(self.embeddings, before), before))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Modules pickled by earlier versions lack what was added later: it gets its default."""
+        options = signature(EMACodebook.__init__).parameters.values()
+        defaults = {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
+        del defaults["device"]
+        super().__setstate__({**defaults, "_accumulates": False, "_pending": None, "_kept": KeptCodebook(), **state})
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._pending = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
+        self._pending = None  # statistics that were being collected do not move
+        return super()._apply(fn, recurse)

@@ -1,0 +1,38 @@
+"""Where the coordinates of a token stand: last, or after the batch dimension as convolutions have them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq.common.checks import describe
+
+
+def tokens_last(z: Tensor, dim: int, channel_first: bool) -> Tensor:
+    """A view ``[..., D]`` of ``z``.
+
+    Args:
+        z: ``[..., D]``, or ``[b, D, ...]`` where ``channel_first``.
+        dim: D.
+        channel_first: which of both.
+
+    Raises:
+        TypeError: ``z`` is not a floating-point tensor.
+        ValueError: ``z`` has another shape.
+    """
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        raise TypeError(f"z must be a floating-point tensor, got {describe(z)}")
+    if channel_first:
+        if z.dim() < 2 or z.shape[1] != dim:
+            raise ValueError(f"z must be [b, {dim}, ...] to match embedding_dim, got {list(z.shape)}")
+        return z.movedim(1, -1)
+    if z.shape[-1:] != (dim,):
+        raise ValueError(f"z must be [..., {dim}] to match embedding_dim, got {list(z.shape)}")
+    return z
+
+
+def as_given(tokens: Tensor, z: Tensor, channel_first: bool) -> Tensor:
+    """``tokens [..., D]`` in the layout of ``z``, its memory format included: ``.view`` works where it did on ``z``."""
+    if not channel_first:
+        return tokens
+    return torch.empty_like(z.detach(), dtype=tokens.dtype).copy_(tokens.movedim(-1, 1))

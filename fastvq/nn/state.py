@@ -1,0 +1,130 @@
+"""The state of an EMA codebook: three float32 buffers, and how they survive casts, copies and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastvq.backends.codebook_cache import KeptCodebook
+from fastvq.functional import lookup
+from fastvq.learning.restart import is_dead
+
+_Self = TypeVar("_Self", bound="CodebookState")
+
+
+class CodebookState(nn.Module):
+    """Buffers ``embeddings [K, D]``, ``N [K]`` and ``z_avg [K, D]``, the keys of ESM3's, VideoGPT's and TATS's class.
+
+    They are float32 whatever the module is cast to: in half precision the increments of the averages round away.
+
+    Whether the first batch is still to come is told from the buffers, so that no key is added to the state dict: a
+    codebook that has learned nothing has ``N = 0`` and ``z_avg = embeddings``. A loaded state that has learned
+    something is never initialised again.
+
+    While nothing is learned (``eval()`` or ``freeze_codebook``), eager calls on the CPU keep what the search prepares
+    of the codebook until a value of ``embeddings`` changes, however it is changed. On a GPU, where comparing values
+    would wait for the device, it is kept with ``freeze_codebook = True`` only, until PyTorch counts a write to
+    ``embeddings``; after one that it does not count (``.data``, ``torch.distributed.broadcast``, the replay of a CUDA
+    graph that trains) call :meth:`reset_cache`.
+    """
+
+    embeddings: Tensor
+    N: Tensor
+    z_avg: Tensor
+    ema_decay: float
+    restart_thres: float
+    restart_threshold_relative: float | None
+    _dtype = torch.float32  # what the module was cast to
+
+    def __init__(self, embeddings: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", embeddings)
+        self.register_buffer("N", embeddings.new_zeros(len(embeddings)))
+        self.register_buffer("z_avg", embeddings.clone())
+        self._need_init = True
+        self._kept = KeptCodebook()
+
+    @torch.no_grad()
+    def _set_codes(self, codes: Tensor) -> None:
+        """Start from ``codes [K, D]`` as the published classes do: every code has won itself once."""
+        self.embeddings.copy_(codes)
+        self.z_avg.copy_(codes)
+        self.N.fill_(1)
+        self._need_init = False
+
+    def dictionary_lookup(self, encodings: Tensor) -> Tensor:
+        """Codes ``[..., D]`` of the indices ``encodings [...]``, in the dtype the module was cast to; zeros for -1."""
+        return lookup(encodings, self.embeddings).to(self._dtype)
+
+    def soft_codebook_lookup(self, weights: Tensor) -> Tensor:
+        """Mixtures of codes, ``weights @ embeddings``: ``[..., K]`` to ``[..., D]``, in the dtype of ``weights``."""
+        precise = torch.promote_types(weights.dtype, torch.float32)
+        return (weights.to(precise) @ self.embeddings.to(precise)).to(weights.dtype)
+
+    @property
+    def usage(self) -> Tensor:
+        """Share of the codes that are not dead; a scalar tensor, no host sync."""
+        return 1 - self.dead_codes / len(self.N)
+
+    @property
+    def dead_codes(self) -> Tensor:
+        """Number of codes with a moving count of 0 or below the restart threshold; a scalar tensor, no host sync."""
+        return (is_dead(self.N, self.restart_thres, self.restart_threshold_relative) | (self.N <= 0)).sum()
+
+    @property
+    def perplexity(self) -> Tensor:
+        """``exp(-Σ p_k log p_k)`` with ``p = N / ΣN``: the effective number of codes; 0 before any was used."""
+        total = self.N.sum()
+        return torch.where(total > 0, torch.special.entr(self.N / total).sum().exp(), 0)
+
+    def reset_parameters(self) -> None:
+        """Nothing to reset: the module has no parameters."""
+
+    def reset_cache(self) -> None:
+        """Forget what was prepared of the codebook; needed only after a write on a GPU that PyTorch does not count."""
+        self._kept.clear()
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Switches as in any module; what evaluation has kept is given back when training starts."""
+        if mode:
+            self.reset_cache()
+        super().train(mode)
+        return self
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        """Moves the state like any module, but keeps it float32."""
+
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.is_meta and not moved.is_meta:
+                return moved.zero_()  # what `to_empty` leaves is no state
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self.reset_cache()
+        # The buffers do not tell a cast to float32 from a move.
+        self._dtype = fn(self.embeddings.new_empty(0, dtype=self._dtype)).dtype
+        super()._apply(keep_float32, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.reset_cache()
+        codes = state_dict.get(prefix + "embeddings")
+        if codes is None or codes.shape != self.embeddings.shape:
+            return
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype != torch.float32:  # with `assign=True` it is the checkpoint's tensor
+                setattr(self, name, buffer.float())
+        if prefix + "N" not in state_dict and prefix + "z_avg" not in state_dict:
+            self._set_codes(self.embeddings)
+        elif prefix + "z_avg" not in state_dict:
+            self.z_avg.copy_(self.embeddings * self.N[:, None])
+        if not self.N.is_meta:
+            self._need_init = not self.N.any() and torch.equal(self.embeddings, self.z_avg)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        return f"n_codes={len(self.N)}, embedding_dim={self.embeddings.shape[1]}, ema_decay={self.ema_decay}"

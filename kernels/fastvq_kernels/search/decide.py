@@ -1,0 +1,88 @@
+"""The candidates that the second scan named, in float64: the index of every token that has few enough of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..configs import all_registers, multiprocessors
+from ..launch import cdiv
+from .exact import NO_CODE, exact_value
+from .open_tokens import CANDIDATES, Open
+from .pack_codes import PackedCodebook
+
+TOKENS = 4  # per program and step: one pair for each thread
+
+
+@triton.jit(do_not_specialize=["N", "K", "width"])
+def decide_kernel(
+    tokens, codes, norms, counts, open_tokens, open_line, found, candidates,
+    indices, hard_tokens, hard_line,
+    N, K, width,
+    BT: tl.constexpr, CANDIDATES: tl.constexpr, METRIC: tl.constexpr,
+):  # fmt: skip
+    """Each program walks over blocks of BT open tokens of one head, with the stride of the grid.
+
+    Writes the lowest index of the best candidate in float64, or, for a token with more candidates than there is room
+    for, appends it with its line to the list of the hard ones.
+    """
+    i_h = tl.program_id(1).to(tl.int64)
+    n_open = tl.load(counts + 1 + i_h)
+    o_c = tl.arange(0, CANDIDATES)[None, :]
+    for i in range(tl.program_id(0) * BT, n_open, tl.num_programs(0) * BT):
+        o_i = i_h * N + i + tl.arange(0, BT)
+        m_i = i + tl.arange(0, BT) < n_open
+        b_t = i_h * N + tl.load(open_tokens + o_i, mask=m_i, other=0)  # [BT]
+        b_found = tl.load(found + o_i, mask=m_i, other=0)
+        few = m_i & (b_found > 0) & (b_found <= CANDIDATES)
+        m_c = few[:, None] & (o_c < b_found[:, None])  # [BT, CANDIDATES]
+        b_k = tl.load(candidates + o_i[:, None] * CANDIDATES + o_c, mask=m_c, other=0).to(tl.int64)
+        b_row = i_h * K + b_k
+        b_value = exact_value(tokens + b_t[:, None] * width, codes + b_row * width, norms + b_row, m_c, width, METRIC)
+        b_value = tl.where(m_c, b_value, float("inf"))
+        b_low = tl.min(b_value, axis=1)
+        b_best = tl.min(tl.where(m_c & (b_value == b_low[:, None]), b_k, NO_CODE), axis=1)
+        tl.store(indices + b_t, b_best, mask=few)
+        b_hard = (m_i & (~few)).to(tl.int32)
+        n_hard = tl.sum(b_hard, axis=0)
+        if n_hard > 0:
+            o_list = tl.atomic_add(counts, n_hard, sem="relaxed") + tl.cumsum(b_hard, axis=0) - 1
+            tl.store(hard_tokens + o_list, b_t, mask=b_hard > 0)
+            b_line = tl.load(open_line + o_i, mask=b_hard > 0, other=0.0)
+            tl.store(hard_line + o_list, b_line, mask=b_hard > 0)
+
+
+@dataclass(frozen=True)
+class Hard:
+    """Tokens for the last word: numbers over all heads [H N] int64, lines [H N] fp32; counts[0] says how many."""
+
+    tokens: Tensor
+    line: Tensor
+    counts: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """[1] int32."""
+        return self.counts[:1]
+
+
+def decide(x: Tensor, packed: PackedCodebook, left: Open, candidates: Tensor, indices: Tensor) -> Hard:
+    """Complete indices [H, N] in place for the open tokens with few candidates, and list the others."""
+    H, N, D = x.shape
+    hard = Hard(
+        torch.empty(H * N, dtype=torch.int64, device=x.device),
+        torch.empty(H * N, dtype=torch.float32, device=x.device),
+        left.counts,
+    )
+    decide_kernel[(min(cdiv(8 * multiprocessors(x.device), H), cdiv(N, TOKENS)), H)](
+        x, packed.codes, packed.norms, left.counts, left.tokens, left.line, left.found, candidates,
+        indices, hard.tokens, hard.line,
+        N, packed.codes.shape[1], D,
+        BT=TOKENS, CANDIDATES=CANDIDATES, METRIC=packed.metric, enable_fp_fusion=False,
+        **all_registers(x.device),
+    )  # fmt: skip
+    return hard

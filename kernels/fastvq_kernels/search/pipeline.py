@@ -1,0 +1,45 @@
+"""The certified search: pack, scan, refine, rescan, decide, settle, without a host synchronisation in between."""
+
+from collections.abc import Callable
+
+from torch import Tensor, int64
+
+from ..launch_dense import dense
+from .decide import decide
+from .exhaustive import settle
+from .pack_codes import PackedCodebook, pack_codebook
+from .pack_tokens import pack_tokens
+from .refine import refine
+from .rescan import rescan
+from .scan import scan
+
+
+def nearest_code(
+    x: Tensor, codebook: Tensor, metric: str, pack: Callable[[Tensor, str], PackedCodebook] = pack_codebook
+) -> Tensor:
+    """Index of the nearest code of every token, exactly as float64 gives it, the lowest on ties.
+
+    Args:
+        x: tokens ``[N, D]`` or ``[H, N, D]``, any floating dtype.
+        codebook: codes ``[K, D]`` or ``[H, K, D]``, any floating dtype.
+        metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
+        pack: `pack_codebook`, or what remembers its result.
+
+    Returns:
+        int64 ``[N]`` or ``[H, N]``; -1 for a token with a NaN or an infinity. A code with one is never chosen.
+    """
+    if x.numel() == 0:
+        return x.new_empty(x.shape[:-1], dtype=int64)
+    heads = x if x.dim() == 3 else x[None]
+    return certified_search(heads, pack(codebook, metric))[0].view(x.shape[:-1])
+
+
+def certified_search(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor]:
+    """Indices ``[H, N]`` int64 of ``x [H, N, D]``, and how many tokens the first scan left open, ``[H]`` int32."""
+    x = dense(x)
+    tokens = pack_tokens(x, packed)
+    bins = scan(tokens, x.shape[1], packed)
+    indices, left = refine(x, packed, tokens, bins)
+    hard = decide(x, packed, left, rescan(packed, tokens, bins, left), indices)
+    settle(x, packed, tokens, bins, hard, indices)
+    return indices, left.count

@@ -1,0 +1,1 @@
+"""The statistics of a batch and the moving averages."""

@@ -1,0 +1,305 @@
+"""Indices of the search against the float64 oracle."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from multiplying import multiply_by, set_product_values
+from strategies import METRICS, problems
+
+import fastvq
+from fastvq import reference
+from fastvq.common.precision import full_precision
+from fastvq.cpu import decide as settle
+from fastvq.cpu import pack as packed
+from fastvq.cpu import scan_bf16 as coarse
+from fastvq.cpu import scan_groups as groups
+from fastvq.cpu import scan_scores as direct
+from fastvq.cpu import scan_table as table
+from fastvq.cpu import search as cpu
+
+ALWAYS, NEVER = (lambda *size: True), (lambda *size: False)
+MANY, NONE = 1 << 20, 0
+# What each way to search a problem, which follows from its size, takes the place of; and how it multiplies.
+WAYS = {
+    "by size": ("oneDNN", {}),
+    "direct": ("MKL in parallel", {(table, "MOST_CODES"): MANY, (direct, "_TOKENS_PER_BLOCK"): 100}),
+    "table": ("oneDNN", {(table, "MOST_CODES"): MANY, (direct, "fits"): NEVER}),
+    "groups": ("oneDNN", {(table, "MOST_CODES"): NONE, (direct, "fits"): NEVER}),
+    "coarse": ("MKL", {(table, "MOST_CODES"): NONE, (direct, "fits"): NEVER, (coarse, "_FEWEST_RESCORED"): 2}),
+}
+
+
+@pytest.fixture(autouse=True, scope="module", params=WAYS)
+def way(request):
+    """Small problems are searched in the ways of larger ones as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        multiplying, values = WAYS[request.param]
+        multiply_by(patch, multiplying)
+        for (module, name), value in values.items():
+            patch.setattr(module, name, value)
+        if request.param != "by size":
+            patch.setattr(coarse, "pays", ALWAYS if request.param == "coarse" else NEVER)
+        if request.param == "direct":
+            set_product_values(patch, 1 << 9)
+        yield
+
+
+def brute_force(x, codebook, metric):
+    """The definition in Python floats, one pair at a time."""
+    indices = []
+    for token in x.double().tolist():
+        scores = []
+        for code in codebook.double().tolist():
+            if metric == "euclidean":
+                total = 0.0
+                for a, b in zip(token, code, strict=True):
+                    total += (a - b) * (a - b)
+                scores.append(-total)
+                continue
+            total = norm = 0.0
+            for a, b in zip(token, code, strict=True):
+                total += a * b
+                norm += b * b
+            scores.append(total if metric == "dot" else (total / math.sqrt(norm) if norm else 0.0))
+        indices.append(scores.index(max(scores)))
+    return torch.tensor(indices)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_oracle_is_the_definition(metric):
+    x, codebook = torch.randn(30, 7), torch.randn(40, 7)
+    codebook[20:30] = codebook[5:15]
+    codebook[3] = 0
+    assert torch.equal(reference.nearest_code(x, codebook, metric), brute_force(x, codebook, metric))
+
+
+def test_oracle_keeps_ties_across_its_tiles_at_the_lowest_index():
+    codebook = torch.randn(1, 3).repeat(5000, 1)
+    assert torch.equal(reference.nearest_code(torch.randn(70, 3), codebook), torch.zeros(70, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (513, 1025, 3), (700, 252, 17), (100, 507, 123), (65, 3000, 64)])
+@pytest.mark.parametrize("offset", [0, 30])
+def test_indices_equal_float64(n, k, d, offset, metric):
+    x, codebook = torch.randn(n, d) + offset, torch.randn(k, d) + offset
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("metric", METRICS)
+def test_indices_equal_float64_for_every_dtype(dtype, metric):
+    x, codebook = (torch.randn(600, 12) + 3).to(dtype), (torch.randn(900, 12) + 3).to(dtype)
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    mixed = codebook.float() + 1e-4
+    assert torch.equal(cpu.nearest_code(x, mixed, metric), reference.nearest_code(x, mixed, metric))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(problems())
+def test_indices_equal_float64_whatever_the_data(problem):
+    x, codebook, metric = problem
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(problems())
+def test_indices_equal_float64_with_and_without_packing(problem):
+    x, codebook, metric = problem
+    expected = reference.nearest_code(x, codebook, metric)
+    for values, several, most in ((1 << 9, 1.0, 64), (1 << 9, 0.1, 1), (1 << 18, 1.0, 64), (1 << 18, 0.1, 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            set_product_values(patch, values)
+            patch.setattr(direct, "_TOKENS_PER_BLOCK", 100)
+            patch.setattr(direct, "_MOST_SEVERAL", several)
+            patch.setattr(table, "MOST", most)
+            indices, left = direct.search(x.float(), codebook.float(), metric)
+            assert torch.equal(cpu.nearest_code(x, codebook, metric), expected)
+        known = torch.ones(len(x), dtype=torch.bool).index_fill_(0, left, False)
+        if torch.float64 not in (x.dtype, codebook.dtype):
+            assert torch.equal(indices[known], expected[known])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(problems(), st.integers(1, 50))
+def test_indices_equal_float64_in_parts_of_the_codebook(problem, codes):
+    x, codebook, metric = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "fits", lambda *problem: False)
+        patch.setattr(cpu, "_PART_CODES", codes)
+        patch.setattr(cpu, "_LEAST_PART_VALUES", 0)
+        assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
+@pytest.mark.parametrize("n", [1, 3, 40])
+@pytest.mark.parametrize("metric", METRICS)
+def test_tokens_that_are_not_finite_get_minus_one_and_codes_never_win(n, metric):
+    x, codebook = torch.randn(n, 9), torch.randn(300, 9)
+    x[::3, 4] = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.arange(len(x[::3])) % 3]
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    codebook[::7, 2], codebook[1::50, 3] = torch.nan, torch.inf
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    x = torch.randn(n, 9)
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
+@pytest.mark.parametrize("spread", [0, 1e-7, 1e-5, 1e-3, 1e-1])
+@pytest.mark.parametrize("clumps", [1, 2, 40])
+def test_indices_equal_float64_for_tight_clumps_of_codes(clumps, spread):
+    codebook = torch.randn(clumps, 16)[torch.arange(1500) % clumps] + spread * torch.randn(1500, 16)
+    x = torch.cat([torch.randn(300, 16), codebook[:300] + spread * torch.randn(300, 16)])
+    assert torch.equal(cpu.nearest_code(x, codebook), reference.nearest_code(x, codebook))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(-600, 600), st.integers(-600, 600), st.sampled_from(METRICS))
+def test_indices_equal_float64_at_the_edges_of_float64(seed, token_exponent, code_exponent, metric):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(20, 5, generator=generator, dtype=torch.float64) * 2.0**token_exponent
+    codebook = torch.randn(30, 5, generator=generator, dtype=torch.float64) * 2.0**code_exponent
+    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+
+
+@pytest.mark.parametrize("step", [1, 7, 100, 512, 513])
+def test_indices_do_not_depend_on_the_batch_split(step):
+    x, codebook = (2 * torch.randn(1030, 6)).round(), (2 * torch.randn(700, 6)).round()
+    split = torch.cat([cpu.nearest_code(part, codebook) for part in x.split(step)])
+    assert torch.equal(split, cpu.nearest_code(x, codebook))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_indices_do_not_depend_on_the_number_of_threads(threads):
+    x, codebook = (2 * torch.randn(3000, 6)).round(), (2 * torch.randn(700, 6)).round()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        indices = cpu.nearest_code(x, codebook)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(indices, reference.nearest_code(x, codebook))
+
+
+def test_indices_do_not_depend_on_block_sizes(monkeypatch):
+    x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
+    expected = reference.nearest_code(x, codebook)
+    for tokens, codes, values, most in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
+        for module in (cpu, direct):
+            monkeypatch.setattr(module, "_TOKENS_PER_BLOCK", 3 * tokens)
+        for way in (coarse, groups):
+            monkeypatch.setattr(way, "_TOKENS_PER_PRODUCT", tokens)
+        for module in (table, groups):
+            monkeypatch.setattr(module, "MOST", most)
+        monkeypatch.setattr(groups, "_RESCORED_VALUES", values)
+        monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
+        set_product_values(monkeypatch, codes * tokens)
+        monkeypatch.setattr(packed, "_GROUPS", ((0, codes // 8),))
+        monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
+        assert torch.equal(cpu.nearest_code(x, codebook), expected)
+
+
+PRECISIONS = (torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+
+
+@pytest.fixture(params=["function", "products on the CPU", "products on CUDA", "everything"])
+def reduced_precision(request):
+    """Float32 products may be computed in TF32 or bfloat16, by each of the ways to say so."""
+    places = {
+        "products on the CPU": torch.backends.mkldnn.matmul,
+        "products on CUDA": torch.backends.cuda.matmul,
+        "everything": torch.backends,
+    }
+    if request.param == "function":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        places[request.param].fp32_precision = "bf16" if request.param == "products on the CPU" else "tf32"
+    yield
+    for place in PRECISIONS:
+        place.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_reduced_precision_settings_of_the_caller_change_nothing(reduced_precision, autocast):
+    x, codebook = torch.randn(2000, 64) + 3, torch.randn(800, 64) + 3
+    expected, before = reference.nearest_code(x, codebook), [place.fp32_precision for place in PRECISIONS]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert torch.equal(fastvq.nearest_code(x, codebook), expected)
+        assert torch.equal(fastvq.nearest_code(x[:10], codebook), expected[:10])
+    assert [place.fp32_precision for place in PRECISIONS] == before
+
+
+def test_a_setting_inherited_from_a_wider_one_still_follows_it():
+    torch.backends.fp32_precision = "tf32"
+    try:
+        fastvq.nearest_code(torch.randn(5, 4), torch.randn(3, 4))
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
+def test_searches_in_threads_keep_the_precision_until_the_last_one_ends():
+    products = torch.backends.mkldnn.matmul
+    products.fp32_precision = "bf16"
+    try:
+        first, second = full_precision(torch.device("cpu")), None
+        with first:
+            second = full_precision(torch.device("cpu"))
+            second.__enter__()
+        assert products.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = "none"
+
+
+@pytest.fixture(params=[torch.float64, torch.float16], ids=str)
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_default_dtype_of_the_caller_changes_nothing(default_dtype, metric):
+    x, codebook = torch.randn(700, 40, dtype=torch.float32), torch.randn(2100, 40, dtype=torch.float32)
+    codebook[:4] = codebook[5]
+    expected = reference.nearest_code(x, codebook, metric)
+    indices, distance = fastvq.nearest_code(x, codebook, metric=metric, return_distance=True)
+    assert torch.equal(indices, expected)
+    assert distance.dtype == torch.float32
+
+
+def test_rows_too_long_for_the_bounds_are_searched_by_the_oracle(monkeypatch):
+    assert 0 < packed.error_constant(cpu._MOST_COLUMNS) < 0.2
+    x, codebook = torch.randn(9, cpu._MOST_COLUMNS + 1), torch.randn(5, cpu._MOST_COLUMNS + 1)
+    answer = torch.arange(9)
+    monkeypatch.setattr(reference, "nearest_code", lambda *args: answer)
+    assert cpu.nearest_code(x, codebook) is answer
+
+
+def test_norms_are_rounded_correctly():
+    squares = torch.rand(1, 20_000, dtype=torch.float64)
+    expected = torch.tensor([math.sqrt(value * value) for value in squares[0].tolist()], dtype=torch.float64)
+    assert torch.equal(reference.code_norms(squares), expected)
+
+
+def test_cosines_that_differ_in_the_last_place_are_told_apart_by_all_backends(kernel_device):
+    for seed in (12, 13, 18):
+        torch.manual_seed(seed)
+        codebook, x = 1 + torch.randn(64, 2) * 1e-6, 1 + torch.randn(16, 2) * 1e-6
+        expected = reference.nearest_code(x, codebook, "cosine")
+        assert torch.equal(fastvq.nearest_code(x, codebook, metric="cosine"), expected)
+        on_device = x.to(kernel_device), codebook.to(kernel_device)
+        indices = fastvq.nearest_code(*on_device, metric="cosine", backend="triton")
+        assert torch.equal(indices.cpu(), expected)
+
+
+def test_expanded_formula_errs_where_the_search_does_not():
+    x, codebook = torch.randn(2000, 128) + 30, torch.randn(1000, 128) + 30
+    expected = reference.nearest_code(x, codebook)
+    assert not torch.equal(reference.nearest_code_expanded(x, codebook), expected)
+    assert torch.equal(cpu.nearest_code(x, codebook), expected)
