@@ -1,11 +1,11 @@
 """Packed codes and tokens once more in bfloat16, with the columns that carry the bound of such products.
 
 **Bound.** In the terms of :mod:`fastvq.cpu.search`: tokens ``x'`` and codes ``e'_k`` are rounded to bfloat16. Their
-residuals have norms ``r`` and ``r_k ≤ ρ b_k``, which are measured, and move a score by at most ``r b_k + (a + r) r_k``. A product
-with float32 sums is then within ``p b_k + c h_k`` of ``S_k``, with ``p = r + ρ(a + r) + ca``. It carries its bound:
-tokens have the columns ``(1, 1, p)``, codes ``-(1 - c)h_k`` in two parts and ``b_k``, each rounded up. The three terms
-more than in float32 are covered by the six u of c that its maxima need. Processors take subnormal operands and products
-for 0; the slack has room for that.
+residuals have norms ``r`` and ``r_k ≤ ρ b_k``, which are measured, and move a score by at most ``r b_k + (a + r)
+r_k``. A product with float32 sums is then within ``p b_k + c h_k`` of ``S_k``, with ``p = r + ρ(a + r) + ca``. It
+carries its bound: tokens have the columns ``(1, 1, p)``, codes ``-(1 - c)h_k`` in two parts and ``b_k``, each rounded
+up. The three terms more than in float32 are covered by the six u of c that its maxima need. Processors take subnormal
+operands and products for 0; the slack has room for that.
 
 **Shift.** The sums are rounded to bfloat16 as well, which costs little near 0. So tokens have a column ``t`` more, and
 codes have 1 there. With ``t ≥ -lower``, for a lower bound of the best score, the products of codes that can win are

@@ -3,8 +3,8 @@
 1. *Scan*: a float32 matrix product writes upper bounds of the scores of some tokens against some codes into a buffer
    of which every thread finds its part in its own cache, and only the largest bound of each group of codes is kept
    (:mod:`fastvq.cpu.scan_groups`). That names groups, nearly always one; up to 2,048 codes, seen as a table, the
-   largest bounds of rows and columns name codes (:mod:`fastvq.cpu.scan_table`). Processors that multiply bfloat16 faster scan in
-   it first (:mod:`fastvq.cpu.scan_bf16`), which names more groups.
+   largest bounds of rows and columns name codes (:mod:`fastvq.cpu.scan_table`). Processors that multiply
+   bfloat16 faster scan in it first (:mod:`fastvq.cpu.scan_bf16`), which names more groups.
 2. *Rescore*, after groups: the product is made again, in float32, the codes of a group with all its tokens, and names
    codes.
 3. *Settle* (:mod:`fastvq.cpu.decide`): where more than one code remains, the oracle's own float64 arithmetic decides; a
