@@ -79,16 +79,15 @@ def ema_step(
     z_avg: Tensor,
     counts: Tensor,
     sums: Tensor,
-    rows: Tensor | None = None,
-    found: Tensor | None = None,
-    *,
+    rows: Tensor | None,
+    found: Tensor | None,
     decay: float,
-    restart_thres: float = 1.0,
-    restart_thres_relative: float | None = None,
-    resets: bool = False,
-    smoothing: float = 1e-7,
+    restart_thres: float,
+    restart_thres_relative: float | None,
+    resets: bool,
+    smoothing: float,
 ) -> None:
-    """`fastvq.cpu.ema.ema_step`, with ``embeddings``, ``N`` and ``z_avg`` without gaps."""
+    """The fields of `fastvq.common.ema_step.EMAStep` in their order; ``embeddings``, ``N`` and ``z_avg`` are dense."""
     K, D = embeddings.shape
     moved = N * decay + counts * (1 - decay)
     block_k, block_d = EMA.blocks(D)
