@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastvq
 from fastvq.cli.demo.photos import PatchSampler, Photo, load_photos, psnr, to_pixels, to_tokens
 from fastvq.cli.demo.pictures import pairs_png, training_png
-from fastvq.cli.info import pick_device
+from fastvq.testing.machine import pick_device
 
 LEARNING_RATE = 5e-4
 WIDTH = 64  # channels between the layers

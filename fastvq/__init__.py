@@ -4,7 +4,10 @@ from fastvq import reference
 from fastvq.functional import code_statistics, lookup, nearest_code, quantize
 from fastvq.learning.kmeans import KMeans, kmeans
 from fastvq.nn.ema_codebook import EMACodebook
+from fastvq.nn.pickles import register_old_names
 from fastvq.reference import Quantized
+
+register_old_names()
 
 __version__ = "0.1.0"
 

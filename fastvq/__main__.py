@@ -1,5 +1,5 @@
 """``python -m fastvq``: the command line."""
 
-from fastvq.cli.app import main
+from fastvq.cli import main
 
 main()

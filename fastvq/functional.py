@@ -1,4 +1,4 @@
-"""The public functions: they check their arguments, flatten leading dimensions and call the operators."""
+"""The public functions: they check their arguments, choose a backend and flatten leading dimensions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastvq.backends import operators as ops
-from fastvq.backends.choose import choose_backend
-from fastvq.backends.codebook_cache import KeptCodebook
+from fastvq.backends.base import Operations
+from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.operators import backend_for
 from fastvq.common.checks import (
     check_codebook,
     check_count,
@@ -24,8 +24,8 @@ from fastvq.common.checks import (
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss
 
-# Distances are computed in pieces of this many float64 values (8 MiB).
-_DISTANCE_VALUES = 1 << 20
+# Float64 values in a block of distances (8 MiB).
+_BLOCK_VALUES = 1 << 20
 
 
 @overload
@@ -79,36 +79,40 @@ def nearest_code(
         TypeError: an argument is not a floating tensor, or ``mask`` is not boolean.
         ValueError: shapes or devices do not match, ``metric`` or ``backend`` is unknown, or the backend cannot run.
     """
-    indices = search_codes(x, codebook, metric, mask, backend)
+    check_search(x, codebook, metric)
+    check_mask(mask, x)
+    indices = search_codes(x, codebook, metric, mask, backend_for(x, backend))
     if not return_distance:
         return indices
     return indices, _distance(x.detach(), codebook.detach(), indices, metric)
 
 
 def search_codes(
-    x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: str, kept: KeptCodebook | None = None
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    mask: Tensor | None,
+    backend: Operations,
+    cache: CodebookCache | None = None,
 ) -> Tensor:
-    """:func:`nearest_code` with what ``kept`` remembers of the codebook ``[K, D]``."""
-    check_search(x, codebook, metric)
-    check_mask(mask, x)
-    choose_backend(x.device, backend)
+    """:func:`nearest_code` of checked arguments; ``cache`` keeps the packed codebook ``[K, D]``."""
     tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
-    # A kept codebook is known by the tensor, so that it is not replaced by another of the same values.
+    # A cache knows a codebook by its tensor, so a codebook that needs no gradient stays the same tensor.
     codes = codebook.detach() if codebook.requires_grad else codebook
-    indices = ops.nearest_code(tokens, codes, metric, backend, kept).view(x.shape[:-1])
+    indices = backend.nearest_code(tokens, codes, metric, cache).view(x.shape[:-1])
     return indices if mask is None else torch.where(mask, indices, -1)
 
 
 def _distance(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
-    """The value of the chosen pairs, summed in float64 and rounded to float32."""
+    """Squared distances, or similarities, of tokens and their codes, summed in float64 and rounded to float32."""
     tokens = x.reshape(-1, x.shape[-1])
     codes = _gather(indices, codebook).reshape(tokens.shape)
-    if torch.compiler.is_compiling():  # makes one loop of it, whatever the size
+    if torch.compiler.is_compiling():  # the compiler makes one loop of it, without temporaries
         values = _pair_values(tokens, codes, metric)
     else:
-        rows = max(1, _DISTANCE_VALUES // x.shape[-1])
-        pieces = zip(tokens.split(rows), codes.split(rows), strict=True)
-        values = torch.cat([_pair_values(*piece, metric) for piece in pieces])
+        rows = max(1, _BLOCK_VALUES // x.shape[-1])
+        blocks = zip(tokens.split(rows), codes.split(rows), strict=True)
+        values = torch.cat([_pair_values(*block, metric) for block in blocks])
     return torch.where(indices < 0, torch.nan, values.view(indices.shape))
 
 
@@ -131,19 +135,21 @@ def code_statistics(
     mask: Tensor | None = None,
     heads: bool = False,
     deterministic: bool | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Number of tokens per code and their sums: ``counts_k = |{i: idx_i = k}|``, ``sums_k = Σ_{i: idx_i = k} x_i``.
 
     Args:
         x: tokens ``[..., D]``, floating.
-        indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out. On a GPU, where to look at values would
-            wait for the device, other numbers are left out too.
+        indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out. On a GPU a look at the values would wait
+            for the device: there every index outside the range is left out.
         n_codes: K ≥ 1.
-        mask: bool ``[...]``, False is left out. Default: all.
+        mask: bool ``[...]``, False is left out. Default: all tokens count.
         heads: ``x [H, ..., D]`` and ``indices [H, ...]`` belong to one codebook of K codes per head.
-        deterministic: True adds in an order that depends on nothing but the tokens of the code, as the CPU always
-            does; False adds in any order, which is faster for short codes and few tokens. Default: True where
-            ``torch.are_deterministic_algorithms_enabled()``, otherwise whichever is faster for N and K.
+        deterministic: True adds the tokens of a code in an order that depends on these tokens alone, as a CPU always
+            does. False allows any order, which is faster for few tokens of few dimensions. Default: True where
+            ``torch.are_deterministic_algorithms_enabled()``, otherwise the faster way for N and K.
+        backend: as in :func:`nearest_code`.
 
     Returns:
         ``(counts [K], sums [K, D])``, float32, accumulated in integers and in float32; with ``heads``
@@ -151,7 +157,8 @@ def code_statistics(
 
     Raises:
         TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
-        ValueError: shapes or devices do not match, ``n_codes`` is not positive, or ``indices`` leave their range.
+        ValueError: shapes or devices do not match, ``n_codes`` is not positive, ``indices`` leave their range, or
+            ``backend`` is unknown or cannot run.
     """
     check_floating("x", x)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
@@ -170,10 +177,8 @@ def code_statistics(
     if heads:
         first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
         indices = torch.where((indices < 0) | (indices >= n_codes), -1, indices + first)
-    if deterministic is None and torch.are_deterministic_algorithms_enabled():
-        deterministic = True
-    flat = x.detach().reshape(-1, x.shape[-1])
-    counts, sums = ops.code_statistics(flat, indices.reshape(-1), n_codes * math.prod(leading), deterministic)
+    flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
+    counts, sums = backend_for(x, backend).code_statistics(flat, indices.reshape(-1), n_rows, deterministic)
     return counts.view(*leading, n_codes), sums.view(*leading, n_codes, x.shape[-1])
 
 
@@ -206,7 +211,9 @@ def quantize(
     Raises:
         TypeError, ValueError: as :func:`nearest_code`.
     """
-    indices = search_codes(x, codebook, "euclidean", mask, backend)
+    check_search(x, codebook, "euclidean")
+    check_mask(mask, x)
+    indices = search_codes(x, codebook, "euclidean", mask, backend_for(x, backend))
     quantized, loss = pass_through(x, codebook, indices, mask, commitment_weight)
     return Quantized(quantized, indices, loss)
 
@@ -245,7 +252,7 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _gather(indices: Tensor, codebook: Tensor) -> Tensor:
-    """``codebook[indices]`` with any row for -1."""
+    """``codebook[indices]``, with an arbitrary row for -1."""
     rows = indices.clamp(min=0)
     if codebook.dim() == 3:
         heads = torch.arange(len(codebook), device=codebook.device)

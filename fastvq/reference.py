@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.common.distributed import all_reduce_sum, broadcast_from_rank_0
+from fastvq.common.ema_step import EMAStep, is_dead
 
 # One [tokens, codes] float64 tile and one temporary of the same size stay in a core's cache.
 _TOKENS_PER_TILE = 64
@@ -150,6 +151,27 @@ def code_statistics(
     kept = codes >= 0 if mask is None else (codes >= 0) & mask.reshape(-1)
     one_hot = F.one_hot(codes[kept], n_codes).float()
     return one_hot.sum(0), one_hot.t() @ flat[kept]
+
+
+@torch.no_grad()
+def ema_step(step: EMAStep) -> None:
+    """Move the codes in place by the formulas of :class:`fastvq.common.ema_step.EMAStep`."""
+    embeddings, N, z_avg, counts, sums, rows, found, decay, *_ = step
+    N.copy_(N * decay + counts * (1 - decay))
+    total = N.sum()
+    weights = (N + step.smoothing) / (total + len(N) * step.smoothing) * total
+    averages = z_avg * decay + sums * (1 - decay)
+    z_avg.copy_(torch.where(total > 0, averages, z_avg))
+    embeddings.copy_(torch.where(total > 0, averages / weights[:, None], embeddings))
+    if rows is None:
+        return
+    dead = is_dead(N, step.restart_thres, step.restart_thres_relative)
+    if found is not None:
+        dead = dead & found.reshape(())
+    embeddings.copy_(torch.where(dead[:, None], rows, embeddings))
+    if step.resets:
+        z_avg.copy_(torch.where(dead[:, None], rows, z_avg))
+        N.copy_(torch.where(dead, 1, N))
 
 
 def quantize(x: Tensor, codebook: Tensor, *, commitment_weight: float = 0.25, mask: Tensor | None = None) -> Quantized:

@@ -1,14 +1,14 @@
-"""The step of the moving averages: PyTorch's operators, the kernel, and the operator for tracing."""
+"""The step of the moving averages: by every backend, and as an operator."""
 
 import pytest
 import torch
 
 import fastvq
-from fastvq.backends import operators as ops
+from fastvq.backends.choose import BACKENDS
+from fastvq.backends.operators import Recorded
+from fastvq.common.ema_step import EMAStep
 from fastvq.cpu import ema
-from fastvq.cpu.ema import ema_step
 from fastvq.testing.measure import peak_extra_memory
-from fastvq_kernels.update import ema as kernels
 
 DECAY = 0.99
 
@@ -19,9 +19,10 @@ def problem(k, d, batch=9):
     return state, (torch.randint(0, batch, (k,)).float(), torch.randn(k, d)), torch.randn(k, d)
 
 
-def after(step, state, *args, **options):
+def after(step, state, counts, sums, rows=None, found=None, **options):
+    """The state after a step, on the CPU; the state given stays."""
     state = tuple(tensor.clone() for tensor in state)
-    step(*state, *args, **options)
+    step(EMAStep(*state, counts, sums, rows, found, decay=DECAY, **options))
     return state
 
 
@@ -37,45 +38,40 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture(params=list(BACKENDS))
+def step(request, kernel_device):
+    """One step on CPU tensors, in place, by a backend."""
+    backend = BACKENDS[request.param]
+
+    def run(given):
+        moved = EMAStep(*[x.to(kernel_device) if isinstance(x, torch.Tensor) else x for x in given])
+        backend.ema_step(moved)
+        for tensor, result in zip(given[:3], moved[:3], strict=True):
+            tensor.copy_(result)
+
+    return run
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_kernel_and_pytorch_agree_on_every_bit(monkeypatch, kernel_device, options):
-    monkeypatch.setattr(ema, "_PIECE_VALUES", 500)
+def test_backends_agree_on_every_bit(monkeypatch, step, kernel_device, options):
+    monkeypatch.setattr(ema, "_BLOCK_VALUES", 500)
     for k, d in ((1, 1), (7, 3), (300, 8), (33, 130)):
-        state, step, rows = problem(k, d)
-        given = {**options, "rows": rows} if "rows" in options else dict(options)
+        state, statistics, rows = problem(k, d)
+        given = {**options, "rows": rows} if "rows" in options else options
         ours = theirs = state
         for _ in range(3):
-            theirs = after(ema_step, theirs, *step, decay=DECAY, **given)
-            on_device = {name: v.to(kernel_device) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
-            ours = after(
-                kernels.ema_step, *[[t.to(kernel_device) for t in ours]], *[t.to(kernel_device) for t in step],
-                decay=DECAY, **on_device,
-            )  # fmt: skip
+            theirs = after(ema.ema_step, theirs, *statistics, **given)
+            ours = after(step, ours, *statistics, **given)
             if kernel_device.type == "cpu":  # a GPU adds up N in another order
                 for a, b in zip(ours, theirs, strict=True):
                     assert torch.equal(a, b)
-            torch.testing.assert_close([t.cpu() for t in ours], list(theirs))
-
-
-@pytest.fixture(params=["torch", "triton"])
-def step(request, kernel_device):
-    """One step on CPU tensors, in place, by either implementation."""
-    if request.param == "torch":
-        return ema_step
-
-    def run(*args, **options):
-        moved = [t if t is None else t.to(kernel_device) for t in args]
-        kernels.ema_step(*moved, **options)
-        for t, result in zip(args[:3], moved, strict=False):
-            t.copy_(result)
-
-    return run
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_step_is_the_formula_up_to_rounding(step):
     k = 50
     (embeddings, N, z), (counts, sums), _ = problem(k, 6)
-    ours = after(step, (embeddings, N, z), counts, sums, decay=DECAY)
+    ours = after(step, (embeddings, N, z), counts, sums)
     # decay and 1 - decay are rounded to float32 as well.
     n = DECAY * N.double() + (1 - DECAY) * counts.double()
     average = DECAY * z.double() + (1 - DECAY) * sums.double()
@@ -90,16 +86,16 @@ def test_step_is_the_formula_up_to_rounding(step):
 
 def test_codes_stay_until_a_token_is_counted(step):
     state = torch.randn(5, 3), torch.zeros(5), torch.randn(5, 3)
-    ours = after(step, state, torch.zeros(5), torch.zeros(5, 3), decay=DECAY)
+    ours = after(step, state, torch.zeros(5), torch.zeros(5, 3))
     assert torch.equal(ours[0], state[0])
     assert torch.equal(ours[1], state[1])
 
 
 def test_rare_codes_take_their_rows(step):
     state, (counts, sums), rows = problem(40, 5)
-    moved = after(step, state, counts, sums, decay=DECAY)
+    moved = after(step, state, counts, sums)
     for resets in (False, True):
-        embeddings, N, z = after(step, state, counts, sums, rows, decay=DECAY, restart_thres=1.5, resets=resets)
+        embeddings, N, z = after(step, state, counts, sums, rows, restart_thres=1.5, resets=resets)
         rare = moved[1] < 1.5
         assert 0 < rare.sum() < 40
         assert torch.equal(embeddings, torch.where(rare[:, None], rows, moved[0]))
@@ -109,8 +105,8 @@ def test_rare_codes_take_their_rows(step):
 
 def test_no_code_restarts_without_a_token_to_take(step):
     state, (counts, sums), rows = problem(40, 5)
-    moved = after(step, state, counts, sums, decay=DECAY)
-    ours = after(step, state, counts, sums, rows, torch.tensor(False), decay=DECAY, restart_thres=1e9, resets=True)
+    moved = after(step, state, counts, sums)
+    ours = after(step, state, counts, sums, rows, torch.tensor(False), restart_thres=1e9, resets=True)
     for a, b in zip(ours, moved, strict=True):
         assert torch.equal(a, b)
 
@@ -121,7 +117,7 @@ def test_relative_threshold_does_not_depend_on_the_size_of_a_batch(step):
     for factor in (1, 64):
         scaled = state[0], state[1] * factor, state[2]
         embeddings, N, _ = after(
-            step, scaled, counts * factor, sums, rows, decay=DECAY, restart_thres_relative=0.5, restart_thres=1e9
+            step, scaled, counts * factor, sums, rows, restart_thres_relative=0.5, restart_thres=1e9
         )
         restarted.append((embeddings == rows).all(1))
         assert torch.equal(restarted[-1], N.double() < 0.5 * N.double().mean())
@@ -130,65 +126,54 @@ def test_relative_threshold_does_not_depend_on_the_size_of_a_batch(step):
 
 
 def test_step_takes_no_memory_that_grows_with_the_codes():
-    (embeddings, N, z), (counts, sums), rows = problem(1 << 16, 32)
-    options = {"decay": DECAY, "resets": True}
-    peak = peak_extra_memory(lambda: ema_step(embeddings, N, z, counts, sums, rows, **options), torch.device("cpu"))
-    assert peak < embeddings.nbytes / 2
+    state, statistics, rows = problem(1 << 16, 32)
+    step = EMAStep(*state, *statistics, rows, None, DECAY, resets=True)
+    assert peak_extra_memory(lambda: ema.ema_step(step), torch.device("cpu")) < state[0].nbytes / 2
 
 
-def test_buffers_with_gaps_are_moved_as_well(monkeypatch):
-    monkeypatch.setattr("fastvq.cpu.ema.choose_backend", lambda device: ("triton", "for the test"))
+def test_buffers_with_gaps_are_moved_as_well(step):
     state, (counts, sums), _ = problem(6, 4)
-    expected = after(ema_step, state, counts, sums, decay=DECAY)
+    expected = after(step, state, counts, sums)
     spread = torch.stack([state[0], state[0]], 2)[..., 0]
-    ema_step(spread, state[1], state[2], counts, sums.t().contiguous().t(), decay=DECAY)
+    step(EMAStep(spread, *state[1:], counts, sums.t().contiguous().t(), None, None, DECAY))
     for a, b in zip((spread, *state[1:]), expected, strict=True):
         assert torch.equal(a, b)
 
 
-def test_writes_of_the_kernel_are_counted(monkeypatch, kernel_device):
-    monkeypatch.setattr("fastvq.cpu.ema.choose_backend", lambda device: ("triton", "for the test"))
-    state, step, _ = problem(6, 4)
-    state = [t.to(kernel_device) for t in state]
-    versions = [t._version for t in state]
-    ema_step(*state, *[t.to(kernel_device) for t in step], decay=DECAY)
-    assert all(t._version > version for t, version in zip(state, versions, strict=True))
+def test_writes_of_the_kernel_are_counted(kernel_device):
+    state, statistics, _ = problem(6, 4)
+    tensors = [t.to(kernel_device) for t in (*state, *statistics)]
+    versions = [t._version for t in tensors[:3]]
+    BACKENDS["triton"].ema_step(EMAStep(*tensors, None, None, DECAY))
+    assert all(t._version > version for t, version in zip(tensors, versions, strict=False))
 
 
 @pytest.mark.parametrize("found", [None, torch.tensor(True)])
 def test_operator_passes_opcheck(found):
-    state, step, rows = problem(6, 4)
-    options = {"decay": DECAY, "resets": True, "restart_thres_relative": 0.1}
-    torch.library.opcheck(torch.ops.fastvq.ema_step, (*state, *step, rows, found), options)
+    state, statistics, rows = problem(6, 4)
+    options = {"resets": True, "restart_thres_relative": 0.1}
+    torch.library.opcheck(torch.ops.fastvq.ema_step, (*state, *statistics, rows, found, DECAY), options)
 
 
 def test_step_compiles_in_one_graph():
-    state, (counts, sums), rows = problem(6, 4)
-
-    def step(embeddings, N, z, counts, sums, rows):
-        ops.ema_step(embeddings, N, z, counts, sums, rows, decay=DECAY, resets=True)
-        return embeddings.sum()
-
-    expected = after(step, state, counts, sums, rows)
-    ours = after(torch.compile(step, fullgraph=True, backend="aot_eager"), state, counts, sums, rows)
+    state, statistics, rows = problem(6, 4)
+    compiled = torch.compile(Recorded("auto").ema_step, fullgraph=True, backend="aot_eager")
+    ours, expected = (after(step, state, *statistics, rows, resets=True) for step in (compiled, ema.ema_step))
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-def test_training_by_the_kernels_gives_the_same_codebook(monkeypatch, restarts, kernel_device):
+def test_training_by_every_backend_gives_the_same_codebook(restarts, kernel_device):
     """Integers, of which every sum is exact in any order."""
     batches = [torch.randint(-8, 8, (40, 4), device=kernel_device).float() for _ in range(4)]
     states = []
-    for backend in ("torch", "triton"):
-        for module in ("statistics", "ema"):
-            monkeypatch.setattr(
-                f"fastvq.cpu.{module}.choose_backend", lambda device, name=backend: (name, "for the test")
-            )
+    for backend in BACKENDS:
         torch.manual_seed(1)
         codebook = fastvq.EMACodebook(12, 4, no_random_restart=not restarts, backend=backend, device=kernel_device)
         for batch in batches:
             codebook(batch)
         states.append(codebook.state_dict())
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
+    for state in states[1:]:
+        for name, value in state.items():
+            assert torch.equal(value, states[0][name]), name

@@ -7,7 +7,8 @@ import torch
 
 import fastvq
 from fastvq import reference
-from fastvq.backends.choose import choose_backend
+from fastvq.backends import triton
+from fastvq.backends.choose import choose, why_not_triton
 
 
 @pytest.fixture(params=["torch", "reference", "triton"])
@@ -191,19 +192,20 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     ],
 )
 def test_chips_that_the_kernels_are_not_made_for_take_pytorch(monkeypatch, hip, chip, capability, words):
+    monkeypatch.setattr(triton, "_obstacle_of_chip", triton._obstacle_of_chip.__wrapped__)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=chip))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    backend, reason = choose_backend(torch.device("cuda"))
-    assert backend == "torch"
-    assert words in reason
+    assert choose(torch.device("cuda")).name == "torch"
+    assert words in why_not_triton(torch.device("cuda"))
     with pytest.raises(ValueError, match=words):
-        choose_backend(torch.device("cuda"), "triton")
+        choose(torch.device("cuda"), "triton")
 
 
 @pytest.mark.parametrize(("hip", "chip"), [(None, ""), ("6.4", "gfx942:sramecc+:xnack-")])
 def test_chips_that_the_kernels_are_made_for_take_them(monkeypatch, hip, chip):
+    monkeypatch.setattr(triton, "_obstacle_of_chip", triton._obstacle_of_chip.__wrapped__)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=chip))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert choose_backend(torch.device("cuda"))[0] == "triton"
+    assert choose(torch.device("cuda")).name == "triton"

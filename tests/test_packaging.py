@@ -50,6 +50,14 @@ def test_installed_wheel_leaves_transformers_as_it_was(wheel, tmp_path):
     assert python(ask, tmp_path) == before
 
 
+def in_checkout(code):
+    """What ``code`` prints in a fresh process with the bare checkout on the path."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def test_bare_checkout_needs_torch_triton_and_numpy_only():
     code = """
 import sys
@@ -58,11 +66,26 @@ for name in ("typer", "rich", "matplotlib", "sklearn", "PIL", "scipy", "transfor
 import torch, fastvq, fastvq_kernels.search.pipeline, fastvq_kernels.update.accumulate
 print(fastvq.EMACodebook(4, 2)(torch.randn(5, 2)).indices.shape)
 """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([5])" in done.stdout
+    assert in_checkout(code) == "torch.Size([5])"
 
 
 def test_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_import_allocates_nothing_changes_no_setting_and_leaves_out_what_only_some_calls_need():
+    code = """
+import sys, torch
+
+def settings():
+    matmul = torch.backends.mkldnn.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()
+    return *matmul, torch.get_num_threads(), torch.get_rng_state().tolist(), torch.get_default_dtype()
+
+before = settings()
+for name in ("empty", "zeros", "ones", "full", "tensor", "arange", "randn", "rand"):
+    setattr(torch, name, lambda *args, name=name, **options: sys.exit(f"torch.{name} was called"))
+import fastvq
+assert settings() == before
+print({"triton", "fastvq_kernels", "typer", "rich", "matplotlib", "sklearn"} & set(sys.modules))
+"""
+    assert in_checkout(code) == "set()"

@@ -11,7 +11,7 @@ import fastvq
 from bench.contenders.base import Contender, Prepared, searching, training, with_heads
 from bench.harness.outcome import DoesNotApplyError
 from bench.harness.problems import Problem
-from fastvq.backends.choose import interpreting
+from fastvq.backends.triton import interpreting
 
 
 def version() -> str:

@@ -39,7 +39,7 @@ from bench.gpu.sweep import sweep
 from bench.gpu.training import training
 from bench.harness.machine import facts
 from bench.harness.store import write_json
-from fastvq.cli.info import pick_device
+from fastvq.testing.machine import pick_device
 
 # Starting Python, PyTorch and a CUDA context.
 _START_SECONDS = 8.0

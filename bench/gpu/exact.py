@@ -17,7 +17,7 @@ from bench.gpu.stage import Row, Stage
 from bench.gpu.sweep import variations
 from bench.gpu.workers import Workers
 from bench.harness.problems import Problem, make_inputs
-from fastvq.cli.verify import judge_all
+from fastvq.testing.judge import judge_all
 from fastvq.testing.cases import adversarial_cases
 
 # Terms x_j, e_kj that the oracle evaluates per problem: about a second on one core.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastvq.cli.info import device_name, versions
+from fastvq.testing.machine import device_name, versions
 
 _ROOT = Path(__file__).parents[2]
 _FACTS = "driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"

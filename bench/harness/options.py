@@ -9,7 +9,7 @@ import torch
 
 from bench.contenders import CONTENDERS, SPECIAL, offering
 from bench.harness.problems import NAMED, Problem, for_cpu, parse_problems, plain
-from fastvq.cli.info import pick_device
+from fastvq.testing.machine import pick_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _USUAL_REPEATS = {"cpu": 5, "cuda": 25}

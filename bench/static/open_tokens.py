@@ -33,9 +33,9 @@ from bench.harness.problems import Problem, make_inputs
 from bench.static.issue_model import H100
 from bench.static.refine_model import COUNTS, ranges_on_gpu, same_counts, sm_90_config
 from fastvq import EMACodebook
-from fastvq.backends.choose import interpreting
+from fastvq.backends.triton import interpreting
 from fastvq.cli.demo.photos import PatchSampler, load_photos, to_tokens
-from fastvq.cli.info import versions
+from fastvq.testing.machine import versions
 from fastvq_kernels.configs import TOKEN_TILE
 from fastvq_kernels.search import bounds
 from fastvq_kernels.search import scan as scan_module

@@ -1,4 +1,4 @@
-"""A packed codebook kept from one call to the next, for as long as it is that of the codes."""
+"""Cache of the packed codebook, dropped when the codes change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Prepare = Callable[[Tensor, str], _P]
 class _Entry(NamedTuple):
     made_by: tuple[Prepare[Any], str]
     packed: Any
-    # What was packed: on the CPU a copy of the codes, on a GPU the tensor and what counts its changes.
+    # On the CPU a copy of the codes; on a GPU the codebook itself, whose changes the counters tell.
     codes: Tensor | weakref.ref[Tensor]
     counters: _Counters | None
 
@@ -24,33 +24,33 @@ class _Entry(NamedTuple):
 class _Counters(NamedTuple):
     address: int
     version: int
-    stream: int  # the packing is ordered before the searches of its own stream only
+    stream: int  # packing is finished before later searches of the same stream only
 
 
-class KeptCodebook:
-    """The last packed codebook, and whether it still is the codebook's.
+class CodebookCache:
+    """The last packed codebook, for as long as the codes are the same.
 
-    On the CPU, the values decide: they are compared with a copy, a fraction of what packing costs, and what was packed
-    is that copy, so that no way of writing to the codes leads to an answer for the old ones. On a GPU a comparison
-    would wait for the device. There the caller has to promise that PyTorch's version counter sees every write; it does
-    not see those through ``.data``, NumPy, DLPack, the storage, ``torch.distributed.broadcast`` or the replay of a CUDA
-    graph. While a graph is captured nothing is kept or used, so that its replays pack the codes of their time.
+    On the CPU the values decide. They are compared with a copy, at a fraction of the price of packing, so that no way
+    of writing to the codes gives an answer for the old ones. On a GPU a comparison would wait for the device. There
+    the caller promises that PyTorch's version counter sees every write. It does not see writes through ``.data``,
+    NumPy, DLPack, the storage, ``torch.distributed.broadcast`` or the replay of a CUDA graph. While a graph is captured
+    the cache is neither filled nor used, so that every replay packs the codes of its time.
 
-    Safe to share between threads: an entry is never changed, only replaced. Copies and pickles are empty.
+    Threads may share a cache: an entry is never changed, only replaced. Copies and pickles are empty.
     """
 
     def __init__(self) -> None:
         self._last: _Entry | None = None
 
-    def __reduce__(self) -> tuple[type[KeptCodebook], tuple[()]]:
-        return KeptCodebook, ()
+    def __reduce__(self) -> tuple[type[CodebookCache], tuple[()]]:
+        return CodebookCache, ()
 
     def clear(self) -> None:
         """Forget the packed codebook."""
         self._last = None
 
     def keeping(self, prepare: Prepare[_P]) -> Prepare[_P]:
-        """``prepare(codebook, metric)`` that returns the last result again where it would be the same."""
+        """``prepare(codebook, metric)``, or its last result where the codes are the same."""
 
         def prepare_once(codebook: Tensor, metric: str) -> _P:
             made_by = prepare, metric
@@ -58,7 +58,7 @@ class KeptCodebook:
             if codebook.device.type == "cpu":
                 if last and last.made_by == made_by and _holds_values(last, codebook):
                     return last.packed
-                self._last = last = None  # gives the memory back before the next needs it
+                self._last = last = None  # frees the memory before the next codebook needs it
                 copy = codebook.clone()
                 packed = prepare(copy, metric)
                 self._last = _Entry(made_by, packed, copy, None)
@@ -86,7 +86,7 @@ def _holds_tensor(last: _Entry, codebook: Tensor) -> bool:
 
 
 def _counters(codes: Tensor) -> _Counters | None:
-    """None where nothing tells whether the codes change: inference tensors count no writes, and a graph is replayed."""
+    """None where nothing tells whether the codes change: in inference tensors, and while a CUDA graph is captured."""
     if not codes.is_cuda or codes.is_inference() or torch.cuda.is_current_stream_capturing():
         return None
     stream = torch.cuda.current_stream(codes.device).cuda_stream

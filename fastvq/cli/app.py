@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 # Modules that only the demo needs, and that an installation may lack.
 _EXTRAS = ("sklearn", "PIL", "matplotlib")
@@ -42,11 +43,9 @@ def demo(
     """
     with _short_interrupt("interrupted, nothing written"):
         with _user_errors():
-            from rich.console import Console
-
             from fastvq.cli.demo import run as work
             from fastvq.cli.demo.photos import load_photos
-            from fastvq.cli.info import pick_device
+            from fastvq.testing.machine import pick_device
 
             target = pick_device(device)
             settings = work.Settings(codes=codes, patch=patch, steps=steps, seed=seed)
@@ -65,11 +64,9 @@ def verify(
     """Compare every backend with the float64 oracle over adversarial cases. Exit code 1 on any mismatch."""
     with _short_interrupt("interrupted"):
         with _user_errors():
-            from rich.console import Console
-
-            from fastvq.cli.info import pick_device
             from fastvq.cli.verify import verify as run
             from fastvq.testing.cases import adversarial_cases
+            from fastvq.testing.machine import pick_device
 
             target = pick_device(device)
             cases = [case for case in adversarial_cases() if only in case.name]
@@ -85,15 +82,14 @@ def verify(
 def info(device: Device = "auto") -> None:
     """Show versions, the device, and the backend that would be used and why."""
     with _short_interrupt("interrupted"), _user_errors():
-        from rich.console import Console
-
-        from fastvq.cli.info import info_table, pick_device
+        from fastvq.cli.info import info_table
+        from fastvq.testing.machine import pick_device
 
         Console().print(info_table(pick_device(device)))
 
 
-def main() -> None:
-    """Console entry point. Exit codes: 0 done, 1 mismatch found, 2 wrong use, 130 interrupted."""
+def run() -> None:
+    """Parse the arguments and run the command. Exit codes: 0 done, 1 mismatch found, 2 wrong use, 130 interrupted."""
     try:
         sys.exit(app(standalone_mode=False))
     except KeyboardInterrupt:
@@ -142,7 +138,3 @@ def _check_writable(out: Path) -> None:
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"out must be a directory that can be written to, got {out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,40 +1,16 @@
-"""Judges every backend by the float64 oracle over adversarial cases, by equality of all indices."""
+"""The table of ``fastvq verify``."""
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-import fastvq
-from fastvq.backends.choose import choose_backend, interpreting
-from fastvq.common.precision import full_precision
-from fastvq.cpu import search as cpu
 from fastvq.testing.cases import Case
-
-# Interpreted kernels need up to a second for a token that reaches float64.
-_INTERPRETED_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Row:
-    """Judgement of one backend on one case; ``passed`` is None where the backend could not run at all."""
-
-    case: str
-    shape: str
-    dtype: str
-    backend: str
-    rule: str
-    result: str
-    seconds: float
-    passed: bool | None
+from fastvq.testing.judge import judge_all
 
 
 def verify(cases: Iterable[Case], device: torch.device, console: Console) -> bool:
@@ -59,48 +35,3 @@ def verify(cases: Iterable[Case], device: torch.device, console: Console) -> boo
     console.print(table)
     console.print(f"{judged - failed} of {judged} rows passed" + (f", {failed} failed" if failed else ""))
     return failed == 0
-
-
-def judge_all(cases: Iterable[Case], device: torch.device) -> Iterator[Row]:
-    """One row for every case and backend: ``"torch"`` on the CPU and on a GPU, ``"triton"`` where it can run."""
-    runs = [("torch", torch.device("cpu"))]
-    if device.type != "cpu":
-        runs.append(("torch", device))
-    try:
-        choose_backend(device, "triton")
-        runs.append(("triton", device))
-    except ValueError as reason:
-        yield Row("all", "", "", "triton", "not judged", str(reason).partition(": ")[2], 0.0, None)
-    for case in cases:
-        oracle = fastvq.reference.nearest_code(case.x, case.codebook, case.metric)
-        for backend, place in runs:
-            yield _judge(case, oracle, backend, place)
-
-
-def _judge(case: Case, oracle: Tensor, backend: str, device: torch.device) -> Row:
-    if backend == "triton" and interpreting():
-        case, oracle = replace(case, x=case.x[:_INTERPRETED_TOKENS]), oracle[:_INTERPRETED_TOKENS]
-    x, codebook = case.x.to(device), case.codebook.to(device)
-    start = time.perf_counter()
-    try:
-        with warnings.catch_warnings():
-            # Interpreted kernels compute with NumPy; bounds that overflow to infinity are meant to.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            found = fastvq.nearest_code(x, codebook, metric=case.metric, backend=backend).cpu()
-            again = _in_packed_codes(x, codebook, case.metric) if backend == "torch" and len(x) else found
-    except Exception as error:
-        # Whatever it is, it is a finding about this backend, and the other rows are still wanted.
-        passed, result = False, f"{type(error).__name__}: {error}".splitlines()[0]
-    else:
-        wrong = int(((found != oracle) | (again != oracle)).sum())
-        passed, result = wrong == 0, f"{wrong} wrong"
-    seconds = time.perf_counter() - start
-    shape = f"{len(case.x)}x{len(case.codebook)}x{case.x.shape[1]}"
-    dtype = str(case.x.dtype).removeprefix("torch.")
-    return Row(case.name, shape, dtype, f"{backend} {device.type}", "equal", result, seconds, passed)
-
-
-def _in_packed_codes(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """Indices as they are found among many codes, however few there are."""
-    with torch.no_grad(), full_precision(x.device):
-        return cpu.search_packed(x, cpu.prepare(codebook, metric)).cpu()

@@ -1,14 +1,16 @@
-"""What the public functions demand of their arguments. Every error names the argument and says what was expected."""
+"""Checks of arguments. Every error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from fastvq.backends.choose import METRICS
 from fastvq.common.tracing import is_traced
+
+METRICS = ("euclidean", "cosine", "dot")
 
 
 def check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
@@ -24,8 +26,7 @@ def check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
             f"x must be [{codebook.shape[0]}, ..., {x.shape[-1]}] to match the heads of codebook, got {list(x.shape)}"
         )
     check_same_device("codebook", codebook, x)
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
+    check_choice("metric", metric, METRICS)
 
 
 def check_codebook(codebook: Tensor) -> None:
@@ -39,6 +40,12 @@ def check_codebook(codebook: Tensor) -> None:
 
 def _expected_codebook(codebook: Tensor, dim: int) -> str:
     return f"[n_codes, {dim}]" if codebook.dim() == 2 else f"[heads, n_codes, {dim}]"
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raises where ``value`` is none of ``choices``."""
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_count(name: str, value: int, least: int) -> None:
@@ -64,7 +71,7 @@ def check_same_device(name: str, value: Tensor, other: Tensor) -> None:
 
 
 def check_range(indices: Tensor, n_codes: int) -> None:
-    """Raises where one is outside ``[-1, n_codes)``; another device than the CPU would have to be waited for."""
+    """Raises where an index on the CPU is outside ``[-1, n_codes)``; a look at a GPU's values would wait for it."""
     if indices.device.type != "cpu" or is_traced(indices) or indices.numel() == 0:
         return
     least, most = (int(end) for end in torch.aminmax(indices))
@@ -84,5 +91,5 @@ def check_mask(mask: Tensor | None, x: Tensor) -> None:
 
 
 def describe(value: object) -> str:
-    """What came instead: the dtype of a tensor, or a type."""
+    """The dtype of a tensor, or the type of anything else."""
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

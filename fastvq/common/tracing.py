@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether operations on ``x`` are recorded, by a compiler or a wrapper of tensors, or have no values."""
+    """Whether a compiler or a tensor subclass records operations on ``x``, or ``x`` has no values."""
     is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return is_recorded or type(x) is not Tensor or x.is_meta
+    return is_recorded or type(x) not in (Tensor, Parameter) or x.is_meta
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether a branch may depend on its value."""
+    """Whether a branch may depend on the value of ``tensor``."""
     return not torch.compiler.is_compiling() and not tensor.is_meta

@@ -1,4 +1,4 @@
-"""What an update of the codebook needs of the tokens, collected over batches and ranks."""
+"""The statistics that an update of the codebook needs, collected over batches and ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq.backends.base import Operations
 from fastvq.common.distributed import start_sums
-from fastvq.functional import code_statistics
 from fastvq.learning.restart import Draw, draw_tokens, merge, over_ranks
 
 
@@ -25,17 +25,17 @@ class Update(NamedTuple):
     found: Tensor | None
 
 
-class Seen(NamedTuple):
-    """Statistics of this rank's tokens since the last update."""
+class BatchStatistics(NamedTuple):
+    """Statistics of this rank's tokens since the last update, with a draw where codes restart."""
 
     counts: Tensor
     sums: Tensor
     draw: Draw | None
 
-    def plus(self, other: Seen) -> Seen:
-        """Those of the tokens of both."""
+    def plus(self, other: BatchStatistics) -> BatchStatistics:
+        """The statistics of both together."""
         draw = merge(self.draw, other.draw) if self.draw and other.draw else other.draw
-        return Seen(self.counts + other.counts, self.sums + other.sums, draw)
+        return BatchStatistics(self.counts + other.counts, self.sums + other.sums, draw)
 
     def start_update(self, sync: bool) -> Callable[[], Update]:
         """Start the sum over all ranks; the result waits for it."""
@@ -49,8 +49,8 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def collect(tokens: Tensor, indices: Tensor, n_codes: int, restarts: bool) -> Seen:
+def collect(tokens: Tensor, indices: Tensor, n_codes: int, restarts: bool, backend: Operations) -> BatchStatistics:
     """Statistics of ``tokens [..., D]`` by ``indices [...]``, -1 left out, with a draw where codes restart."""
     tokens, indices = tokens.detach().reshape(-1, tokens.shape[-1]), indices.reshape(-1)
-    counts, sums = code_statistics(tokens, indices, n_codes)
-    return Seen(counts, sums, draw_tokens(tokens.float(), indices >= 0, n_codes) if restarts else None)
+    counts, sums = backend.code_statistics(tokens, indices, n_codes)
+    return BatchStatistics(counts, sums, draw_tokens(tokens.float(), indices >= 0, n_codes) if restarts else None)

@@ -1,4 +1,4 @@
-"""k-means on the exact search: a codebook learned from tokens that are all there."""
+"""k-means over a fixed set of tokens, on the exact search."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq.backends.operators import backend_for
 from fastvq.common import distributed
-from fastvq.common.checks import check_count, check_floating, check_mask
-from fastvq.common.directions import unit, unit_or
-from fastvq.functional import code_statistics, nearest_code
-from fastvq.learning.seeding import TokenBatches, draw_rows, pick_codes
+from fastvq.common.checks import check_choice, check_count, check_floating, check_mask
+from fastvq.common.directions import directions_or
+from fastvq.functional import search_codes
+from fastvq.learning.batches import Batches, TokenBatches, flatten
+from fastvq.learning.seeding import draw_rows, pick_codes
 
-# Rounds in which candidates are drawn in proportion to their squared distance, after one that draws evenly.
+# Rounds that draw candidates with odds of their squared distance, after one that draws evenly.
 _ROUNDS = 2
 _Report = Callable[[int, float], None]
 
@@ -82,9 +84,8 @@ def kmeans(
         TypeError: ``x`` is an iterator, which can be read only once, or holds something else than floating tensors.
         ValueError: there is no finite token, or an argument is out of its range.
     """
-    for name, value, choices in (("metric", metric, ("euclidean", "cosine")), ("init", init, ("k-means++", "random"))):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    check_choice("metric", metric, ("euclidean", "cosine"))
+    check_choice("init", init, ("k-means++", "random"))
     check_count("n_codes", n_codes, 1)
     check_count("max_iterations", max_iterations, 0)
     if not tolerance >= 0:
@@ -113,45 +114,6 @@ def kmeans(
     return found
 
 
-class Batches:
-    """``x``, one tensor or several, as pairs that ``prepare`` makes of each and its mask; can be read many times."""
-
-    def __init__(
-        self,
-        x: Tensor | Iterable[Tensor],
-        mask: Tensor | None,
-        prepare: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
-    ) -> None:
-        if isinstance(x, Iterator) or not isinstance(x, (Tensor, Iterable)):
-            raise TypeError(
-                f"x must be a tensor or an iterable that can be read more than once (a list, a DataLoader), got "
-                f"{'the iterator ' if isinstance(x, Iterator) else ''}{type(x).__name__}"
-            )
-        if mask is not None and not isinstance(x, Tensor):
-            raise ValueError("mask must be None where x is an iterable of batches; select the real tokens of each")
-        self._batches = [x] if isinstance(x, Tensor) else x
-        self._mask = mask
-        self._prepare = prepare
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        dim = None
-        for batch in self._batches:
-            tokens, real = self._prepare(batch, self._mask)
-            if tokens.shape[1] != (dim or tokens.shape[1]):
-                raise ValueError(f"x must hold batches of one dimension, got {dim} and {tokens.shape[1]}")
-            dim = tokens.shape[1]
-            yield tokens, real
-        if dim is None:
-            raise ValueError("x must hold at least one batch, got none")
-
-
-def flatten(tokens: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
-    """``tokens [..., D]`` as float32 ``[n, D]``, of norm 1 for the cosine, and which of them are real, bool ``[n]``."""
-    rows = tokens.detach().reshape(-1, tokens.shape[-1]).float()
-    real = torch.isfinite(rows).all(1)
-    return unit(rows) if metric == "cosine" else rows, real if mask is None else real & mask.reshape(-1)
-
-
 @torch.no_grad()
 def cluster(
     batches: TokenBatches,
@@ -166,8 +128,9 @@ def cluster(
     generator: torch.Generator | None = None,
     report: _Report = lambda iteration, inertia: None,
 ) -> KMeans | None:
-    """:func:`kmeans` of prepared ``batches``; None where no rank has a token."""
-    device = next(tokens.device for tokens, _ in batches)
+    """:func:`kmeans` of flattened ``batches``; None where no rank has a token."""
+    first = next(tokens for tokens, _ in batches)
+    device, operations = first.device, backend_for(first, backend)
     drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(device)
     seed = int(distributed.broadcast_from_rank_0(drawn, sync))
     together = torch.Generator(device).manual_seed(seed)
@@ -175,7 +138,7 @@ def cluster(
 
     def distances(tokens: Tensor, codes: Tensor, real: Tensor) -> Tensor:
         """Squared distance to the nearest code, 0 for a token that is not real."""
-        indices = nearest_code(tokens, codes, mask=real, backend=backend)
+        indices = search_codes(tokens, codes, "euclidean", real, operations)
         return torch.where(indices < 0, 0, (tokens - codes[indices.clamp(min=0)]).square().sum(1))
 
     def draw_far(n: int, codes: Tensor) -> Tensor:
@@ -185,8 +148,8 @@ def cluster(
         """Counts ``[K]``, sums ``[K, D]`` and inertia of all ranks' tokens, float64."""
         counts, sums, inertia = (codes.new_zeros(s, dtype=torch.float64) for s in ((len(codes),), codes.shape, (1,)))
         for tokens, real in batches:
-            indices = nearest_code(tokens, codes, mask=real, backend=backend)
-            batch_counts, batch_sums = code_statistics(tokens, indices, len(codes))
+            indices = search_codes(tokens, codes, "euclidean", real, operations)
+            batch_counts, batch_sums = operations.code_statistics(tokens, indices, len(codes))
             counts += batch_counts
             sums += batch_sums
             apart = (tokens - codes[indices.clamp(min=0)]).double().square().sum(1)
@@ -211,12 +174,12 @@ def cluster(
         report(iteration, float(inertia))
         has_converged = float(inertia) >= (1 - tolerance) * previous
         is_empty = counts == 0
-        # A restart may not help for ever: means of equal tokens are rounded, and leave distances to restart from.
+        # Restarts may go on for ever: means of equal tokens are rounded, and leave distances to restart from.
         is_done = has_converged and (had_converged or not is_empty.any())
         if iteration == max_iterations or is_done:
             break
         means = (sums / counts.clamp(min=1)[:, None]).float()
-        moved = torch.where(is_empty[:, None], codes, unit_or(means, codes) if metric == "cosine" else means)
+        moved = torch.where(is_empty[:, None], codes, directions_or(means, codes) if metric == "cosine" else means)
         if is_empty.any():
             empty = is_empty.nonzero()[:, 0]
             rows = draw_far(len(empty), moved)
@@ -232,7 +195,10 @@ def _silent() -> Iterator[_Report]:
 
 @contextmanager
 def _shown(max_iterations: int) -> Iterator[_Report]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('progress=True needs rich: pip install "fastvq-triton[cli]"') from error
 
     columns = TextColumn("k-means"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}")
     with Progress(*columns) as bar:

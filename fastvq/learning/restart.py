@@ -1,8 +1,8 @@
-"""Random tokens that become codes, at the first batch and in place of dead codes; and which codes are dead.
+"""Random tokens that become codes: at the first batch, and in place of dead codes.
 
-Every draw proposes a token for each of the K codes, dead or not: which codes are dead is known on the device only.
-Proposals of several batches or ranks are merged code by code with odds of their numbers of tokens, so that each token
-of all of them is as likely as any other.
+A draw proposes a token for each of the K codes, dead or not, because only the device knows which codes are dead.
+Proposals of several batches or ranks are merged code by code, with odds of their numbers of tokens, so that every token
+of all batches and ranks is equally likely.
 """
 
 from __future__ import annotations
@@ -102,8 +102,3 @@ def over_ranks(draw: Draw, sync: bool) -> tuple[Tensor, Tensor]:
 def draw_codes(batches: Iterable[tuple[Tensor, Tensor]], n_codes: int, sync: bool) -> tuple[Tensor, Tensor]:
     """:func:`over_ranks` of one draw from all ``batches`` of tokens ``[n, D]`` and which are real ``[n]``."""
     return over_ranks(reduce(merge, (draw_tokens(*batch, n_codes) for batch in batches)), sync)
-
-
-def is_dead(N: Tensor, restart_thres: float, restart_thres_relative: float | None) -> Tensor:
-    """Which codes are rarely used, bool ``[K]``: ``N_k`` is below ``restart_thres`` or the share of ``ΣN / K``."""
-    return N < (restart_thres if restart_thres_relative is None else N.sum() * (restart_thres_relative / len(N)))

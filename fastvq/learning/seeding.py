@@ -14,9 +14,7 @@ from torch import Tensor
 
 from fastvq.common.distributed import all_gather
 
-# Tokens [n, D] float32 and which of them are real [n], batch by batch; iterated more than once.
-TokenBatches = Iterable[tuple[Tensor, Tensor]]
-# Distance to the nearest of some codes: squared distances [n], 0 where there is none.
+# Of tokens, codes and which tokens are real: squared distances to the nearest code [n], 0 for a token that is not real.
 Distances = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Codes are picked from the candidates in at most this many turns.
 _TURNS = 256

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.backends import operators as ops
-from fastvq.backends.choose import BACKENDS
-from fastvq.backends.codebook_cache import KeptCodebook
-from fastvq.common.checks import check_count, check_mask
-from fastvq.common.directions import unit, unit_or
+from fastvq.backends.base import Operations
+from fastvq.backends.choose import check_backend
+from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.operators import backend_for
+from fastvq.common.checks import check_choice, check_count, check_mask, check_same_device
+from fastvq.common.directions import directions, directions_or
+from fastvq.common.ema_step import EMAStep
 from fastvq.common.tracing import may_read
 from fastvq.functional import pass_through, search_codes
 from fastvq.learning import restart
-from fastvq.learning.batch_statistics import Seen, Update, collect
-from fastvq.learning.kmeans import Batches, cluster, flatten
-from fastvq.learning.seeding import TokenBatches
+from fastvq.learning.batch_statistics import BatchStatistics, Update, collect
+from fastvq.learning.batches import Batches, TokenBatches, flatten
+from fastvq.learning.kmeans import cluster
 from fastvq.nn.layout import as_given, tokens_last
 from fastvq.nn.state import CodebookState
 from fastvq.reference import Quantized
@@ -114,15 +116,11 @@ class EMACodebook(CodebookState):
         for name, threshold in thresholds.items():
             if threshold is not None and not threshold >= 0:
                 raise ValueError(f"{name} must be at least 0, got {threshold}")
-        for name, value, choices in (
-            ("init", init, _INITS),
-            ("metric", metric, _METRICS),
-            ("backend", backend, BACKENDS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        check_choice("init", init, _INITS)
+        check_choice("metric", metric, _METRICS)
+        check_backend(backend)
         codes = torch.randn(n_codes, embedding_dim, dtype=torch.float32, device=device)
-        super().__init__(unit(codes) if metric == "cosine" else codes)
+        super().__init__(directions(codes) if metric == "cosine" else codes)
         self.n_codes = n_codes
         self.embedding_dim = embedding_dim
         self.no_random_restart = no_random_restart
@@ -139,7 +137,7 @@ class EMACodebook(CodebookState):
         self.backend = backend
         self.freeze_codebook = False
         self._accumulates = False
-        self._pending: Seen | None = None
+        self._pending: BatchStatistics | None = None
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize ``z``; in training also update the codebook.
@@ -157,18 +155,21 @@ class EMACodebook(CodebookState):
             TypeError, ValueError: as :func:`fastvq.quantize`.
         """
         tokens = tokens_last(z, self.embedding_dim, self.channel_first)
+        check_same_device("z", tokens, self.embeddings)
+        check_mask(mask, tokens)
         learns = self.training and not self.freeze_codebook
         if learns and self._need_init:
             self._init_embeddings(z, mask)
-        kept = None if learns or (z.is_cuda and not self.freeze_codebook) else self._kept
-        indices = search_codes(tokens, self.embeddings, self.metric, mask, self.backend, kept)
+        backend = backend_for(tokens, self.backend)
+        cache = None if learns or (z.is_cuda and not self.freeze_codebook) else self._codebook_cache
+        indices = search_codes(tokens, self.embeddings, self.metric, mask, backend, cache)
         if self.metric == "cosine":
-            # What padding holds would turn its gradient into NaN.
-            tokens = unit(tokens if mask is None else torch.where(mask[..., None], tokens, 0))
-        update = self._start_update(tokens, indices) if learns else None
+            # NaN in padding would turn its gradient into NaN.
+            tokens = directions(tokens if mask is None else torch.where(mask[..., None], tokens, 0))
+        update = self._start_update(tokens, indices, backend) if learns else None
         quantized, loss = pass_through(tokens, self.embeddings, indices, mask, self.commitment_weight)
         if update is not None:
-            self._update(update())
+            self._update(update(), backend)
         return Quantized(as_given(quantized.to(z.dtype), z, self.channel_first), indices, loss)
 
     @contextmanager
@@ -211,7 +212,7 @@ class EMACodebook(CodebookState):
         return restart.tile(x, self.n_codes)
 
     def _candidates(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All tokens ``[n, D]`` float32, as the codebook learns from them, and which may become a code ``[n]``."""
+        """The tokens that the codebook learns from, float32 ``[n, D]``, and which of them may become a code ``[n]``."""
         tokens = tokens_last(z, self.embedding_dim, self.channel_first).detach()
         check_mask(mask, tokens)
         return flatten(tokens, mask, self.metric)
@@ -219,7 +220,7 @@ class EMACodebook(CodebookState):
     @torch.no_grad()
     def _init_embeddings(self, z: Tensor, mask: Tensor | None = None) -> None:
         """The first codes, from the first batch that holds a token on any rank."""
-        # The state may have come from elsewhere: DistributedDataParallel copies that of rank 0.
+        # DistributedDataParallel may have copied the state of rank 0 into this module.
         if may_read(self.N) and self.N.any():
             self._need_init = False
         else:
@@ -227,7 +228,7 @@ class EMACodebook(CodebookState):
 
     def _set_codes(self, codes: Tensor) -> None:
         super()._set_codes(codes)
-        self._pending = None  # the tokens of other codes
+        self._pending = None  # statistics of the codes before
 
     def _learn_codes(self, batches: TokenBatches) -> bool:
         """Whether there was a token to learn from."""
@@ -245,18 +246,18 @@ class EMACodebook(CodebookState):
         self._set_codes(torch.where(found, rows, self.embeddings))
         return True
 
-    def _start_update(self, tokens: Tensor, indices: Tensor) -> Callable[[], Update] | None:
+    def _start_update(self, tokens: Tensor, indices: Tensor, backend: Operations) -> Callable[[], Update] | None:
         """Collect the statistics and start their sum over the ranks, unless further batches are to come first."""
-        seen = collect(tokens, indices, self.n_codes, restarts=not self.no_random_restart)
+        statistics = collect(tokens, indices, self.n_codes, not self.no_random_restart, backend)
         if self._pending is not None:
-            seen = self._pending.plus(seen)
-        self._pending = seen if self._accumulates else None
-        return None if self._accumulates else seen.start_update(self.sync)
+            statistics = self._pending.plus(statistics)
+        self._pending = statistics if self._accumulates else None
+        return None if self._accumulates else statistics.start_update(self.sync)
 
     @torch.no_grad()
-    def _update(self, update: Update) -> None:
+    def _update(self, update: Update, backend: Operations) -> None:
         before = self.embeddings.clone() if self.metric == "cosine" else None
-        ops.ema_step(
+        step = EMAStep(
             self.embeddings,
             self.N,
             self.z_avg,
@@ -266,15 +267,18 @@ class EMACodebook(CodebookState):
             restart_thres_relative=self.restart_threshold_relative,
             resets=self.restart_resets_statistics,
         )
+        backend.ema_step(step)
         if before is not None:
-            self.embeddings.copy_(torch.where(self.N.sum() > 0, unit_or(self.embeddings, before), before))
+            self.embeddings.copy_(torch.where(self.N.sum() > 0, directions_or(self.embeddings, before), before))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Modules pickled by earlier versions lack what was added later: it gets its default."""
+        """Attributes that a module pickled by an earlier version lacks get their defaults."""
         options = signature(EMACodebook.__init__).parameters.values()
         defaults = {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
         del defaults["device"]
-        super().__setstate__({**defaults, "_accumulates": False, "_pending": None, "_kept": KeptCodebook(), **state})
+        state.pop("_kept", None)  # the codebook cache of earlier versions
+        later = {"_accumulates": False, "_pending": None, "_codebook_cache": CodebookCache()}
+        super().__setstate__({**defaults, **later, **state})
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -1,4 +1,4 @@
-"""The state of an EMA codebook: three float32 buffers, and how they survive casts, copies and checkpoints."""
+"""The state of an EMA codebook: three float32 buffers that survive casts, copies and checkpoints."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastvq.backends.codebook_cache import KeptCodebook
+from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.common.ema_step import is_dead
 from fastvq.functional import lookup
-from fastvq.learning.restart import is_dead
 
 _Self = TypeVar("_Self", bound="CodebookState")
 
@@ -18,17 +18,17 @@ _Self = TypeVar("_Self", bound="CodebookState")
 class CodebookState(nn.Module):
     """Buffers ``embeddings [K, D]``, ``N [K]`` and ``z_avg [K, D]``, the keys of ESM3's, VideoGPT's and TATS's class.
 
-    They are float32 whatever the module is cast to: in half precision the increments of the averages round away.
+    The buffers stay float32 whatever the module is cast to: in half precision the increments of the averages round
+    away.
 
-    Whether the first batch is still to come is told from the buffers, so that no key is added to the state dict: a
-    codebook that has learned nothing has ``N = 0`` and ``z_avg = embeddings``. A loaded state that has learned
-    something is never initialised again.
+    A loaded state that has learned something is never initialised again. The buffers tell, so that the state dict
+    needs no further key: a codebook that has learned nothing has ``N = 0`` and ``z_avg = embeddings``.
 
-    While nothing is learned (``eval()`` or ``freeze_codebook``), eager calls on the CPU keep what the search prepares
-    of the codebook until a value of ``embeddings`` changes, however it is changed. On a GPU, where comparing values
-    would wait for the device, it is kept with ``freeze_codebook = True`` only, until PyTorch counts a write to
-    ``embeddings``; after one that it does not count (``.data``, ``torch.distributed.broadcast``, the replay of a CUDA
-    graph that trains) call :meth:`reset_cache`.
+    While the codebook does not learn (``eval()`` or ``freeze_codebook``), eager calls on the CPU cache the packed
+    codebook until a value of ``embeddings`` changes, however it is changed. On a GPU, where comparing values would wait
+    for the device, the cache works with ``freeze_codebook = True`` only, until PyTorch counts a write to
+    ``embeddings``. PyTorch does not count writes through ``.data``, ``torch.distributed.broadcast`` or the replay of a
+    CUDA graph that trains: call :meth:`reset_cache` after them.
     """
 
     embeddings: Tensor
@@ -45,7 +45,7 @@ class CodebookState(nn.Module):
         self.register_buffer("N", embeddings.new_zeros(len(embeddings)))
         self.register_buffer("z_avg", embeddings.clone())
         self._need_init = True
-        self._kept = KeptCodebook()
+        self._codebook_cache = CodebookCache()
 
     @torch.no_grad()
     def _set_codes(self, codes: Tensor) -> None:
@@ -84,11 +84,11 @@ class CodebookState(nn.Module):
         """Nothing to reset: the module has no parameters."""
 
     def reset_cache(self) -> None:
-        """Forget what was prepared of the codebook; needed only after a write on a GPU that PyTorch does not count."""
-        self._kept.clear()
+        """Drop the packed codebook; needed only after a write on a GPU that PyTorch does not count."""
+        self._codebook_cache.clear()
 
     def train(self: _Self, mode: bool = True) -> _Self:
-        """Switches as in any module; what evaluation has kept is given back when training starts."""
+        """Switches the mode as in any module; training frees the packed codebook of evaluation."""
         if mode:
             self.reset_cache()
         super().train(mode)
@@ -100,7 +100,7 @@ class CodebookState(nn.Module):
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if tensor.is_meta and not moved.is_meta:
-                return moved.zero_()  # what `to_empty` leaves is no state
+                return moved.zero_()  # `to_empty` leaves arbitrary values
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self.reset_cache()

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import fastvq
 from fastvq import reference
-from fastvq.backends import choose as backends
 from fastvq.cli import app as cli
-from fastvq.cli import info
+from fastvq.cli import info, main
 from fastvq.cli.demo import photos
 from fastvq.cli.demo import run as demo
+from fastvq.cpu import search as cpu_search
 
 
 @pytest.fixture
@@ -154,6 +154,15 @@ def test_missing_extra_names_the_command_that_installs_it(invoke, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("module", ["typer", "rich"])
+def test_command_line_without_its_extra_is_one_line(module):
+    hide = f"import sys; sys.modules[{module!r}] = None; from fastvq.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == f'fastvq: the command line needs {module}: pip install "fastvq-triton[cli]"\n'
+
+
 def test_interrupt_exits_130_and_writes_nothing(invoke, picture, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -182,7 +191,7 @@ def test_verify_exits_0_on_a_subset(invoke):
 
 
 def test_verify_exits_1_when_a_backend_is_wrong(invoke, monkeypatch):
-    monkeypatch.setattr(backends.cpu, "nearest_code", lambda *problem: reference.nearest_code(*problem) * 0)
+    monkeypatch.setattr(cpu_search, "nearest_code", lambda *problem: reference.nearest_code(*problem[:3]) * 0)
     result = invoke("verify", "--device", "cpu", "--only", "lattice")
     assert result.exit_code == 1
     assert "1 failed" in result.output
@@ -205,7 +214,7 @@ def test_info_shows_versions_device_and_backend(invoke, monkeypatch, units, prod
 def test_main_reports_wrong_usage_in_one_line(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fastvq", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        main()
     assert exit_.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -213,7 +222,7 @@ def test_main_reports_wrong_usage_in_one_line(arguments, monkeypatch, capsys):
 def test_main_passes_exit_codes_on(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fastvq", "info", "--device", "tpu"])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        main()
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "fastvq: device must be one of auto, cpu, cuda, got 'tpu'\n"
 

@@ -7,9 +7,10 @@ import torch
 from rich.console import Console
 
 from fastvq import reference
-from fastvq.backends import choose as backends
-from fastvq.cli.verify import judge_all, verify
+from fastvq.cli.verify import verify
+from fastvq.cpu import search as cpu_search
 from fastvq.testing.cases import Case, adversarial_cases
+from fastvq.testing.judge import judge_all
 from fastvq_kernels.search import pipeline as search
 
 CPU = torch.device("cpu")
@@ -74,12 +75,12 @@ def test_every_backend_passes(case, kernel_device):
 
 
 def test_a_wrong_cpu_index_fails(monkeypatch):
-    def off_by_one(x, codebook, metric):
+    def off_by_one(x, codebook, metric, prepare_once):
         indices = reference.nearest_code(x, codebook, metric)
         indices[0] = (indices[0] + 1) % len(codebook)
         return indices
 
-    monkeypatch.setattr(backends.cpu, "nearest_code", off_by_one)
+    monkeypatch.setattr(cpu_search, "nearest_code", off_by_one)
     output = io.StringIO()
     cases = [case for case in adversarial_cases() if case.name == "K 100"]
     assert not verify(cases, CPU, Console(file=output, width=150))
@@ -96,10 +97,10 @@ def test_a_wrong_triton_index_fails(monkeypatch, kernel_device):
 
 
 def test_a_backend_that_raises_fails(monkeypatch):
-    def broken(x, codebook, metric):
+    def broken(x, codebook, metric, prepare_once):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(backends.cpu, "nearest_code", broken)
+    monkeypatch.setattr(cpu_search, "nearest_code", broken)
     row = next(judge_all([next(adversarial_cases())], CPU))
     assert row.passed is False
     assert row.result == "RuntimeError: out of order"

@@ -257,3 +257,19 @@ def test_a_killed_training_resumes_bit_for_bit(tmp_path):
         states.append(torch.load(folder / "result.pt"))
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
+
+
+@pytest.mark.parametrize("file", ["before_wings.pt", "before_wings.pickle"])
+def test_modules_pickled_before_their_files_moved_load_and_go_on(file):
+    path = Path(__file__).parent / "data" / file
+    # 6 codes in 3 dimensions, cosine, restarts, one training step, and 9 tokens collected since.
+    module = torch.load(path, weights_only=False) if file.endswith(".pt") else pickle.loads(path.read_bytes())
+    assert type(module) is fastvq.EMACodebook
+    assert (module.metric, module.no_random_restart, module._need_init) == ("cosine", False, False)
+    assert module._pending.counts.sum() == 9
+    assert not hasattr(module, "_kept")
+    z = torch.randn(5, 3)
+    assert torch.equal(module.eval()(z).indices, reference.nearest_code(z, module.embeddings, "cosine"))
+    before = module.N.clone()
+    module.train()(z)
+    torch.testing.assert_close(module.N.sum(), 0.99 * before.sum() + 0.01 * (9 + 5))

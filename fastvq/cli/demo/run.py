@@ -18,10 +18,10 @@ from rich.table import Table
 from torch import Tensor
 
 import fastvq
-from fastvq.backends.choose import choose_backend
+from fastvq.backends.choose import choose
 from fastvq.cli.demo.photos import PatchSampler, Photo, from_tokens, psnr, to_tokens
 from fastvq.cli.demo.pictures import Reconstruction, reconstruction_png, training_png
-from fastvq.cli.info import device_name, versions
+from fastvq.testing.machine import device_name, versions
 from fastvq.testing.measure import compare_with_reference, synchronize
 
 # Faster than the usual 0.99: the run is short, and the photographs do not drift.
@@ -116,7 +116,7 @@ def run(settings: Settings, photos: Sequence[Photo], device: torch.device, out: 
             "restart_thres": _RESTART_THRESHOLD,
         },
         "device": f"{device.type}: {device_name(device)}",
-        "backend": choose_backend(device)[0],
+        "backend": choose(device).name,
         "versions": versions(),
     }
     write({**pictures, "result.json": (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()}, out)

@@ -1,4 +1,4 @@
-"""A packed codebook that evaluation keeps is never used after the codes have changed."""
+"""A cached codebook is never used after the codes have changed."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import torch
 
 import fastvq
 from fastvq import reference
-from fastvq.backends import codebook_cache as kept
+from fastvq.backends import codebook_cache
 from fastvq.cpu import scan_scores as direct
 from fastvq.cpu import scan_table as table
 from fastvq.cpu import search as cpu
@@ -23,9 +23,9 @@ def small_problems_pack_as_large_ones_do(monkeypatch):
 
 @pytest.fixture(params=["torch", "triton"])
 def evaluated(request, kernel_device):
-    """A module in evaluation that has kept its codebook, and a check of its indices on fresh tokens."""
+    """A module in evaluation with a cached codebook, and a check of its indices on fresh tokens."""
     if request.param == "triton" and kernel_device.type == "cuda":
-        pytest.skip("nothing is kept on a GPU unless the codebook is frozen")
+        pytest.skip("a GPU caches nothing unless the codebook is frozen")
     module = fastvq.EMACodebook(70, 5, backend=request.param).eval()
 
     def check(codebook=module):
@@ -77,23 +77,23 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_kept_codebook_is_never_used_after_a_change(evaluated, change):
+def test_cached_codebook_is_never_used_after_a_change(evaluated, change):
     module, check = evaluated
     CHANGES[change](module)
     check()
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_copies_keep_codebooks_of_their_own(evaluated, duplicate):
+def test_copies_have_caches_of_their_own(evaluated, duplicate):
     module, check = evaluated
-    assert "_kept" not in "".join(module.state_dict())
+    assert "_codebook_cache" not in "".join(module.state_dict())
     other = duplicate(module)
     other.embeddings = torch.randn(70, 5)
     check(other)
     check()
 
 
-def test_codebook_is_kept_while_nothing_is_learned(monkeypatch):
+def test_codebook_is_cached_while_nothing_is_learned(monkeypatch):
     packings = []
     pack = cpu.pack
     monkeypatch.setattr(cpu, "pack", lambda *args: packings.append(args) or pack(*args))
@@ -115,18 +115,18 @@ def test_codebook_is_kept_while_nothing_is_learned(monkeypatch):
     assert len(packings) == 6
 
 
-def test_small_problems_are_searched_without_keeping_anything(monkeypatch):
+def test_small_problems_are_searched_without_a_cache(monkeypatch):
     module = fastvq.EMACodebook(70, 5).eval()
     module(torch.randn(16, 5))
-    assert module._kept._last is None
+    assert module._codebook_cache._last is None
     monkeypatch.setattr(direct, "FEW_SCORES", 70 * 40)
     module(torch.randn(40, 5))
-    assert module._kept._last is None
+    assert module._codebook_cache._last is None
     module(torch.randn(41, 5))
-    assert module._kept._last is not None
+    assert module._codebook_cache._last is not None
 
 
-def test_threads_share_a_kept_codebook():
+def test_threads_share_a_cached_codebook():
     module, batches = fastvq.EMACodebook(70, 5).eval(), torch.randn(40, 30, 5)
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda z: module(z).indices, batches))
@@ -145,8 +145,8 @@ def test_compiled_evaluation_sees_every_change():
 
 def test_off_the_cpu_the_tensor_and_its_counted_writes_decide(monkeypatch):
     # On tensors without values, which show that none is compared, and with a GPU's counters.
-    monkeypatch.setattr(kept, "_counters", lambda codes: kept._Counters(0, codes._version, 0))
-    prepare = kept.KeptCodebook().keeping(lambda codes, metric: object())
+    monkeypatch.setattr(codebook_cache, "_counters", lambda codes: codebook_cache._Counters(0, codes._version, 0))
+    prepare = codebook_cache.CodebookCache().keeping(lambda codes, metric: object())
     codes = torch.empty(5, 2, device="meta")
     packed = prepare(codes, "dot")
     assert prepare(codes, "dot") is packed
@@ -162,12 +162,12 @@ def test_off_the_cpu_the_tensor_and_its_counted_writes_decide(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("frozen", [True, False])
-def test_codebook_on_a_gpu_is_kept_where_it_is_frozen(frozen):
+def test_codebook_on_a_gpu_is_cached_where_it_is_frozen(frozen):
     module, z = fastvq.EMACodebook(70, 5, device="cuda").eval(), torch.randn(30, 5, device="cuda")
     module.freeze_codebook = frozen
     for change in (module.embeddings.neg_, lambda: module.load_state_dict(fastvq.EMACodebook(70, 5).state_dict())):
         assert torch.equal(module(z).indices, reference.nearest_code(z, module.embeddings))
-        assert (module._kept._last is not None) == frozen
+        assert (module._codebook_cache._last is not None) == frozen
         change()
     module.embeddings.data.neg_()
     module.reset_cache()

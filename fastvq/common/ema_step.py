@@ -1,0 +1,45 @@
+"""One step of the moving averages that a codebook learns by, as a record, and which codes are dead."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class EMAStep(NamedTuple):
+    """Moves codes to the averages of the tokens they win, in place.
+
+    With ``γ = decay``, ``ε = smoothing`` and ``S = ΣN``, in float32, every operation rounded by itself::
+
+        N_k ← γ N_k + (1 - γ) counts_k
+        z_k ← γ z_k + (1 - γ) sums_k
+        E_k ← z_k / ((N_k + ε) / (S + K ε) · S)
+
+    Codes and averages stay what they are while ``S = 0``: no token was counted yet.
+
+    With ``rows``, and unless ``found`` is False, a dead code (:func:`is_dead`) then takes a new place,
+    ``E_k ← rows_k``. With ``resets`` it also gets ``z_k ← rows_k`` and ``N_k ← 1``, so that it stays there until it has
+    had a chance to win tokens.
+
+    Equal steps give equal bits in every process. Sources: van den Oord et al. 2017 (arXiv 1711.00937, appendix A.1);
+    restarts as VideoGPT ``videogpt/vqvae.py``; resets as RQ-VAE ``rqvae/models/rqvae/quantizations.py``.
+    """
+
+    embeddings: Tensor  # E, float32 [K, D]; written
+    N: Tensor  # float32 [K]; written
+    z_avg: Tensor  # z, float32 [K, D]; written
+    counts: Tensor  # float32 [K], as fastvq.code_statistics gives them
+    sums: Tensor  # float32 [K, D]
+    rows: Tensor | None  # float32 [K, D], a new place for every code; None: no restarts
+    found: Tensor | None  # bool, one element: whether rows may be used; None: they may
+    decay: float  # γ
+    restart_thres: float = 1.0  # tokens per step
+    restart_thres_relative: float | None = None  # in mean counts S / K; takes the place of restart_thres
+    resets: bool = False  # a restarted code also restarts its averages
+    smoothing: float = 1e-7  # ε of the Laplace smoothing, in tokens: VideoGPT's and ESM3's
+
+
+def is_dead(N: Tensor, restart_thres: float, restart_thres_relative: float | None) -> Tensor:
+    """Rarely used codes, bool ``[K]``: ``N_k < restart_thres``, or ``N_k < restart_thres_relative · ΣN / K``."""
+    return N < (restart_thres if restart_thres_relative is None else N.sum() * (restart_thres_relative / len(N)))

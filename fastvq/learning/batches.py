@@ -1,0 +1,64 @@
+"""Tokens to learn from, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastvq.common.checks import check_same_device
+from fastvq.common.directions import directions
+
+# Tokens [n, D] float32 and which are real, bool [n], batch by batch; iterated more than once.
+TokenBatches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Batches:
+    """One tensor or an iterable of tensors as flattened batches; can be read many times.
+
+    Args:
+        x: a tensor, or an iterable of tensors that can be iterated more than once.
+        mask: bool, the leading shape of ``x``, where ``x`` is one tensor.
+        prepare: gives :func:`flatten` of a tensor and its mask, after its checks.
+
+    Raises:
+        TypeError: ``x`` is an iterator, which can be read only once, or no iterable.
+        ValueError: ``x`` and ``mask`` do not fit; while iterating: there is no batch, or batches differ in D or device.
+    """
+
+    def __init__(
+        self,
+        x: Tensor | Iterable[Tensor],
+        mask: Tensor | None,
+        prepare: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    ) -> None:
+        if isinstance(x, Iterator) or not isinstance(x, (Tensor, Iterable)):
+            raise TypeError(
+                f"x must be a tensor or an iterable that can be read more than once (a list, a DataLoader), got "
+                f"{'the iterator ' if isinstance(x, Iterator) else ''}{type(x).__name__}"
+            )
+        if mask is not None and not isinstance(x, Tensor):
+            raise ValueError("mask must be None where x is an iterable of batches; select the real tokens of each")
+        self._batches = [x] if isinstance(x, Tensor) else x
+        self._mask = mask
+        self._prepare = prepare
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        first = None
+        for batch in self._batches:
+            tokens, real = self._prepare(batch, self._mask)
+            first = tokens if first is None else first
+            if tokens.shape[1] != first.shape[1]:
+                raise ValueError(f"x must hold batches of one dimension, got {first.shape[1]} and {tokens.shape[1]}")
+            check_same_device("x", tokens, first)
+            yield tokens, real
+        if first is None:
+            raise ValueError("x must hold at least one batch, got none")
+
+
+def flatten(tokens: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
+    """Tokens as float32 ``[n, D]``, of norm 1 for the cosine, and which are real and finite, bool ``[n]``."""
+    rows = tokens.detach().reshape(-1, tokens.shape[-1]).float()
+    real = torch.isfinite(rows).all(1)
+    return directions(rows) if metric == "cosine" else rows, real if mask is None else real & mask.reshape(-1)
