@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastvq.backends.base import Operations
+from fastvq.backends.base import Backend
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.backends.operators import backend_for
 from fastvq.common.checks import (
@@ -92,7 +92,7 @@ def search_codes(
     codebook: Tensor,
     metric: str,
     mask: Tensor | None,
-    backend: Operations,
+    backend: Backend,
     cache: CodebookCache | None = None,
 ) -> Tensor:
     """:func:`nearest_code` of checked arguments; ``cache`` keeps the packed codebook ``[K, D]``."""

@@ -5,7 +5,7 @@ import torch
 
 import fastvq
 from fastvq.backends.choose import BACKENDS
-from fastvq.backends.operators import Recorded
+from fastvq.backends.operators import RECORDED
 from fastvq.common.ema_step import EMAStep
 from fastvq.cpu import ema
 from fastvq.testing.measure import peak_extra_memory
@@ -157,7 +157,7 @@ def test_operator_passes_opcheck(found):
 
 def test_step_compiles_in_one_graph():
     state, statistics, rows = problem(6, 4)
-    compiled = torch.compile(Recorded("auto").ema_step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(RECORDED["auto"].ema_step, fullgraph=True, backend="aot_eager")
     ours, expected = (after(step, state, *statistics, rows, resets=True) for step in (compiled, ema.ema_step))
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a, b)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,38 +13,30 @@ from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.common.ema_step import EMAStep
 
 
-class Operations(Protocol):
-    """The three operations, on arguments that are known to be right."""
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the three operations. Arguments are checked before; none needs a gradient.
 
-    def nearest_code(self, x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None = None) -> Tensor:
-        """Indices ``[..., N]`` of ``x [..., N, D]`` in ``codebook [..., K, D]``, with one or no leading dimension.
+    Attributes:
+        name: what users pass as ``backend=``.
+        obstacle: ``(device)``; why this backend cannot run there, None where it can.
+        prepare: ``(codebook, metric)``; the packed codebook that the search reads, which a cache keeps.
+        nearest_code: ``(x, codebook, metric, cache)``; indices ``[..., N]`` of ``x [..., N, D]`` in
+            ``codebook [..., K, D]``, with one or no leading dimension, equal to :func:`fastvq.reference.nearest_code`
+            of each head. The cache, for one head, may be None.
+        code_statistics: ``(x, indices, n_codes, deterministic)``; counts ``[K]`` and sums ``[K, D]``, float32, of
+            ``x [N, D]`` by ``indices [N]``, where -1 is left out. ``deterministic`` as in
+            :func:`fastvq.code_statistics`.
+        ema_step: ``(step)``; moves the codes in place.
+    """
 
-        Exactly :func:`fastvq.reference.nearest_code` per head. Neither tensor may need a gradient. ``cache`` keeps the
-        packed codebook ``[K, D]`` for the next call.
-        """
-
-    def code_statistics(
-        self, x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Counts ``[K]`` and sums ``[K, D]``, float32, of ``x [N, D]`` by ``indices [N]``; -1 is left out.
-
-        ``deterministic=True`` fixes the order of the float32 additions. None leaves it to the global setting of
-        PyTorch, and otherwise to what is faster.
-        """
-
-    def ema_step(self, step: EMAStep) -> None:
-        """Move the codes in place, as :class:`fastvq.common.ema_step.EMAStep` says."""
+    name: str
+    obstacle: Callable[[torch.device], str | None]
+    prepare: Callable[[Tensor, str], Any]
+    nearest_code: Callable[[Tensor, Tensor, str, CodebookCache | None], Tensor]
+    code_statistics: Callable[[Tensor, Tensor, int, bool | None], tuple[Tensor, Tensor]]
+    ema_step: Callable[[EMAStep], None]
 
 
-class Backend(Operations, Protocol):
-    """An implementation of the three operations."""
-
-    @property
-    def name(self) -> str:
-        """What users pass as ``backend=``."""
-
-    def obstacle(self, device: torch.device) -> str | None:
-        """Why this backend cannot run on ``device``; None where it can."""
-
-    def prepare(self, codebook: Tensor, metric: str) -> Any:
-        """The packed codebook that the search reads: what a cache keeps."""
+def runs_anywhere(device: torch.device) -> None:
+    """The obstacle of a backend that has none."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from fastvq.backends.base import Backend
-from fastvq.backends.reference import ReferenceBackend
-from fastvq.backends.torch import TorchBackend
-from fastvq.backends.triton import TritonBackend
+from fastvq.backends.reference import REFERENCE
+from fastvq.backends.torch import TORCH
+from fastvq.backends.triton import TRITON
 from fastvq.common.checks import check_choice
 
-TRITON, TORCH = TritonBackend(), TorchBackend()
-BACKENDS: dict[str, Backend] = {each.name: each for each in (TRITON, TORCH, ReferenceBackend())}
+BACKENDS = {backend.name: backend for backend in (TRITON, TORCH, REFERENCE)}
 
 
 def choose(device: torch.device, name: str = "auto") -> Backend:

@@ -5,54 +5,35 @@ Eager calls go to the backend itself: the dispatcher costs about 20 µs a call.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq.backends.base import Operations
-from fastvq.backends.choose import check_backend, choose
+from fastvq.backends.base import Backend
+from fastvq.backends.choose import BACKENDS, check_backend, choose
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.common.ema_step import EMAStep
 from fastvq.common.tracing import is_traced
 
 
-def backend_for(x: Tensor, name: str) -> Operations:
+def backend_for(x: Tensor, name: str) -> Backend:
     """The backend called ``name`` for a call on ``x``; the operators where a compiler records the call.
 
     Raises:
         ValueError: as :func:`fastvq.backends.choose.choose`.
     """
-    return Recorded(name) if is_traced(x) else choose(x.device, name)
-
-
-class Recorded:
-    """Calls the operators, which choose the backend when the recording runs, maybe on another device."""
-
-    def __init__(self, name: str) -> None:
-        check_backend(name)
-        self.name = name
-
-    def nearest_code(self, x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None = None) -> Tensor:
-        """The search, without a cache: nothing tells a recording whether the codes have changed."""
-        return nearest_code_op(x, codebook, metric, self.name)
-
-    def code_statistics(
-        self, x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The statistics."""
-        return code_statistics_op(x, indices, n_codes, deterministic, self.name)
-
-    def ema_step(self, step: EMAStep) -> None:
-        """The moving averages; the state is written after the operator."""
-        for tensor, moved in zip(step[:3], ema_step_op(*step, backend=self.name), strict=True):
-            tensor.copy_(moved)
+    if not is_traced(x):
+        return choose(x.device, name)
+    check_backend(name)
+    return RECORDED[name]
 
 
 @torch.library.custom_op("fastvq::nearest_code", mutates_args=())
 def nearest_code_op(x: Tensor, codebook: Tensor, metric: str, backend: str) -> Tensor:
     """Indices ``[..., N]`` of ``x [..., N, D]`` in ``codebook [..., K, D]``, with one or no leading dimension."""
-    return choose(x.device, backend).nearest_code(x, codebook, metric)
+    return choose(x.device, backend).nearest_code(x, codebook, metric, None)
 
 
 @nearest_code_op.register_fake
@@ -107,3 +88,22 @@ def ema_step_op(
 @ema_step_op.register_fake
 def _(embeddings: Tensor, N: Tensor, z_avg: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(embeddings), torch.empty_like(N), torch.empty_like(z_avg)
+
+
+def _recorded(name: str) -> Backend:
+    """The operators as a backend: they choose when the recording runs, perhaps on another device than now."""
+
+    def nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None) -> Tensor:
+        return nearest_code_op(x, codebook, metric, name)
+
+    def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
+        return code_statistics_op(x, indices, n_codes, deterministic, name)
+
+    def ema_step(step: EMAStep) -> None:
+        for tensor, moved in zip(step[:3], ema_step_op(*step, backend=name), strict=True):
+            tensor.copy_(moved)
+
+    return replace(BACKENDS["reference"], nearest_code=nearest_code, code_statistics=code_statistics, ema_step=ema_step)
+
+
+RECORDED = {name: _recorded(name) for name in ("auto", *BACKENDS)}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvq.backends.base import Backend
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.common.ema_step import EMAStep
 
 _AMD_CHIPS = ("gfx942", "gfx950")
+# A look through the import path takes half a millisecond.
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -22,62 +25,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-class TritonBackend:
-    """The kernels on CUDA and ROCm devices, and on the CPU in Triton's interpreter."""
-
-    name = "triton"
-
-    def obstacle(self, device: torch.device) -> str | None:
-        """Why the kernels cannot run on ``device``; None where they can."""
-        if not self._is_installed:
-            return "Triton is not installed"
-        if device.type == "cpu" and not interpreting():
-            return "tensors are on the CPU; set TRITON_INTERPRET=1 before Python starts to run the kernels interpreted"
-        if device.type not in ("cpu", "cuda"):
-            return f"Triton kernels run on CUDA and ROCm devices, tensors are on {device.type}"
-        return _obstacle_of_chip(device) if device.type == "cuda" else None
-
-    def prepare(self, codebook: Tensor, metric: str) -> Any:
-        """The codebook in half precision, with its frame and bounds."""
-        from fastvq_kernels.search.pack_codes import pack_codebook
-
-        return pack_codebook(codebook, metric)
-
-    def nearest_code(self, x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None = None) -> Tensor:
-        """The certified search of the kernels."""
-        from fastvq_kernels.search.pipeline import nearest_code
-
-        with _on_device_of(x):
-            return nearest_code(x, codebook, metric, cache.keeping(self.prepare) if cache else self.prepare)
-
-    def code_statistics(
-        self, x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Sums by atomics, or of sorted tokens."""
-        from fastvq_kernels.update.accumulate import code_statistics
-
-        if deterministic is None and torch.are_deterministic_algorithms_enabled():
-            deterministic = True
-        with _on_device_of(x):
-            return code_statistics(x, indices, n_codes, deterministic)
-
-    def ema_step(self, step: EMAStep) -> None:
-        """One kernel; a state with gaps between its values moves in a copy."""
-        from fastvq_kernels.update.ema import ema_step
-
-        embeddings, N, z_avg = (tensor.contiguous() for tensor in step[:3])
-        dense = step._replace(embeddings=embeddings, N=N, z_avg=z_avg)
-        with _on_device_of(embeddings):
-            ema_step(*dense)
-        for tensor, moved in zip(step[:3], dense[:3], strict=True):
-            if moved is not tensor:
-                tensor.copy_(moved)
-        # PyTorch does not see what a kernel writes; a codebook cache knows by this count that it is old.
-        torch.autograd.graph.increment_version(step[:3])
-
-    @cached_property
-    def _is_installed(self) -> bool:
-        return importlib.util.find_spec("triton") is not None
+def _obstacle(device: torch.device) -> str | None:
+    if not _INSTALLED:
+        return "Triton is not installed"
+    if device.type == "cpu" and not interpreting():
+        return "tensors are on the CPU; set TRITON_INTERPRET=1 before Python starts to run the kernels interpreted"
+    if device.type not in ("cpu", "cuda"):
+        return f"Triton kernels run on CUDA and ROCm devices, tensors are on {device.type}"
+    return _obstacle_of_chip(device) if device.type == "cuda" else None
 
 
 @cache
@@ -93,3 +48,42 @@ def _obstacle_of_chip(device: torch.device) -> str | None:
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the one that holds ``x``."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _prepare(codebook: Tensor, metric: str) -> Any:
+    from fastvq_kernels.search.pack_codes import pack_codebook
+
+    return pack_codebook(codebook, metric)
+
+
+def _nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None) -> Tensor:
+    from fastvq_kernels.search.pipeline import nearest_code
+
+    with _on_device_of(x):
+        return nearest_code(x, codebook, metric, cache.keeping(_prepare) if cache else _prepare)
+
+
+def _code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
+    from fastvq_kernels.update.accumulate import code_statistics
+
+    if deterministic is None and torch.are_deterministic_algorithms_enabled():
+        deterministic = True
+    with _on_device_of(x):
+        return code_statistics(x, indices, n_codes, deterministic)
+
+
+def _ema_step(step: EMAStep) -> None:
+    from fastvq_kernels.update.ema import ema_step
+
+    embeddings, N, z_avg = (tensor.contiguous() for tensor in step[:3])
+    dense = step._replace(embeddings=embeddings, N=N, z_avg=z_avg)
+    with _on_device_of(embeddings):
+        ema_step(*dense)
+    for tensor, moved in zip(step[:3], dense[:3], strict=True):
+        if moved is not tensor:  # the state has gaps
+            tensor.copy_(moved)
+    # PyTorch does not see what a kernel writes; a codebook cache knows by this count that it is old.
+    torch.autograd.graph.increment_version(step[:3])
+
+
+TRITON = Backend("triton", _obstacle, _prepare, _nearest_code, _code_statistics, _ema_step)

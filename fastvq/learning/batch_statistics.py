@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq.backends.base import Operations
+from fastvq.backends.base import Backend
 from fastvq.common.distributed import start_sums
 from fastvq.learning.restart import Draw, draw_tokens, merge, over_ranks
 
@@ -49,8 +49,8 @@ class BatchStatistics(NamedTuple):
 
 
 @torch.no_grad()
-def collect(tokens: Tensor, indices: Tensor, n_codes: int, restarts: bool, backend: Operations) -> BatchStatistics:
+def collect(tokens: Tensor, indices: Tensor, n_codes: int, restarts: bool, backend: Backend) -> BatchStatistics:
     """Statistics of ``tokens [..., D]`` by ``indices [...]``, -1 left out, with a draw where codes restart."""
     tokens, indices = tokens.detach().reshape(-1, tokens.shape[-1]), indices.reshape(-1)
-    counts, sums = backend.code_statistics(tokens, indices, n_codes)
+    counts, sums = backend.code_statistics(tokens, indices, n_codes, None)
     return BatchStatistics(counts, sums, draw_tokens(tokens.float(), indices >= 0, n_codes) if restarts else None)

@@ -130,7 +130,7 @@ def cluster(
 ) -> KMeans | None:
     """:func:`kmeans` of flattened ``batches``; None where no rank has a token."""
     first = next(tokens for tokens, _ in batches)
-    device, operations = first.device, backend_for(first, backend)
+    device, chosen = first.device, backend_for(first, backend)
     drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(device)
     seed = int(distributed.broadcast_from_rank_0(drawn, sync))
     together = torch.Generator(device).manual_seed(seed)
@@ -138,7 +138,7 @@ def cluster(
 
     def distances(tokens: Tensor, codes: Tensor, real: Tensor) -> Tensor:
         """Squared distance to the nearest code, 0 for a token that is not real."""
-        indices = search_codes(tokens, codes, "euclidean", real, operations)
+        indices = search_codes(tokens, codes, "euclidean", real, chosen)
         return torch.where(indices < 0, 0, (tokens - codes[indices.clamp(min=0)]).square().sum(1))
 
     def draw_far(n: int, codes: Tensor) -> Tensor:
@@ -148,8 +148,8 @@ def cluster(
         """Counts ``[K]``, sums ``[K, D]`` and inertia of all ranks' tokens, float64."""
         counts, sums, inertia = (codes.new_zeros(s, dtype=torch.float64) for s in ((len(codes),), codes.shape, (1,)))
         for tokens, real in batches:
-            indices = search_codes(tokens, codes, "euclidean", real, operations)
-            batch_counts, batch_sums = operations.code_statistics(tokens, indices, len(codes))
+            indices = search_codes(tokens, codes, "euclidean", real, chosen)
+            batch_counts, batch_sums = chosen.code_statistics(tokens, indices, len(codes), None)
             counts += batch_counts
             sums += batch_sums
             apart = (tokens - codes[indices.clamp(min=0)]).double().square().sum(1)

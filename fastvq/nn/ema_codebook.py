@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.backends.base import Operations
+from fastvq.backends.base import Backend
 from fastvq.backends.choose import check_backend
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.backends.operators import backend_for
@@ -246,7 +246,7 @@ class EMACodebook(CodebookState):
         self._set_codes(torch.where(found, rows, self.embeddings))
         return True
 
-    def _start_update(self, tokens: Tensor, indices: Tensor, backend: Operations) -> Callable[[], Update] | None:
+    def _start_update(self, tokens: Tensor, indices: Tensor, backend: Backend) -> Callable[[], Update] | None:
         """Collect the statistics and start their sum over the ranks, unless further batches are to come first."""
         statistics = collect(tokens, indices, self.n_codes, not self.no_random_restart, backend)
         if self._pending is not None:
@@ -255,7 +255,7 @@ class EMACodebook(CodebookState):
         return None if self._accumulates else statistics.start_update(self.sync)
 
     @torch.no_grad()
-    def _update(self, update: Update, backend: Operations) -> None:
+    def _update(self, update: Update, backend: Backend) -> None:
         before = self.embeddings.clone() if self.metric == "cosine" else None
         step = EMAStep(
             self.embeddings,

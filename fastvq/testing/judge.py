@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import fastvq
-from fastvq.backends.choose import TRITON
-from fastvq.backends.triton import interpreting
+from fastvq.backends.triton import TRITON, interpreting
 from fastvq.common.precision import full_precision
 from fastvq.cpu import search
 from fastvq.testing.cases import Case
