@@ -11,16 +11,7 @@ from torch import Tensor
 from fastvq.backends.base import Backend
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.backends.operators import backend_for
-from fastvq.common.checks import (
-    check_codebook,
-    check_count,
-    check_floating,
-    check_mask,
-    check_range,
-    check_same_device,
-    check_search,
-    describe,
-)
+from fastvq.common.checks import check_lookup, check_mask, check_range, check_search, check_statistics
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss
 
@@ -88,12 +79,7 @@ def nearest_code(
 
 
 def search_codes(
-    x: Tensor,
-    codebook: Tensor,
-    metric: str,
-    mask: Tensor | None,
-    backend: Backend,
-    cache: CodebookCache | None = None,
+    x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: Backend, cache: CodebookCache | None = None
 ) -> Tensor:
     """:func:`nearest_code` of checked arguments; ``cache`` keeps the packed codebook ``[K, D]``."""
     tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
@@ -157,18 +143,10 @@ def code_statistics(
 
     Raises:
         TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
-        ValueError: shapes or devices do not match, ``n_codes`` is not positive, ``indices`` leave their range, or
-            ``backend`` is unknown or cannot run.
+        ValueError: shapes or devices do not match, ``n_codes`` is not positive, ``indices`` leave their range on the
+            CPU, or the backend cannot run.
     """
-    check_floating("x", x)
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        raise TypeError(f"indices must be an int64 tensor, got {describe(indices)}")
-    if indices.shape != x.shape[:-1]:
-        raise ValueError(f"indices must be {list(x.shape[:-1])} to match x, got {list(indices.shape)}")
-    check_same_device("indices", indices, x)
-    check_count("n_codes", n_codes, 1)
-    if heads and x.dim() < 2:
-        raise ValueError(f"x must be [heads, ..., D] with heads, got {list(x.shape)}")
+    check_statistics(x, indices, n_codes, heads)
     check_mask(mask, x)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
@@ -241,13 +219,7 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
         ValueError: ``codebook`` has another rank, the devices or the numbers of heads differ, or on the CPU
             ``indices`` leave their range.
     """
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"indices must be an int64 or int32 tensor, got {describe(indices)}")
-    check_codebook(codebook)
-    check_same_device("indices", indices, codebook)
-    if codebook.dim() == 3 and indices.shape[:1] != codebook.shape[:1]:
-        raise ValueError(f"indices must be [{len(codebook)}, ...] to match codebook, got {list(indices.shape)}")
-    check_range(indices, codebook.shape[-2])
+    check_lookup(indices, codebook)
     return torch.where(indices[..., None] < 0, 0, _gather(indices, codebook))
 
 

@@ -11,14 +11,13 @@ from torch import Tensor
 
 _P = TypeVar("_P")
 Prepare = Callable[[Tensor, str], _P]
+_IsSame = Callable[[Tensor], bool]
 
 
 class _Entry(NamedTuple):
     made_by: tuple[Prepare[Any], str]
     packed: Any
-    # On the CPU a copy of the codes; on a GPU the codebook itself, whose changes the counters tell.
-    codes: Tensor | weakref.ref[Tensor]
-    counters: _Counters | None
+    is_same: _IsSame
 
 
 class _Counters(NamedTuple):
@@ -53,36 +52,27 @@ class CodebookCache:
         """``prepare(codebook, metric)``, or its last result where the codes are the same."""
 
         def prepare_once(codebook: Tensor, metric: str) -> _P:
-            made_by = prepare, metric
-            last = self._last
-            if codebook.device.type == "cpu":
-                if last and last.made_by == made_by and _holds_values(last, codebook):
-                    return last.packed
-                self._last = last = None  # frees the memory before the next codebook needs it
-                copy = codebook.clone()
-                packed = prepare(copy, metric)
-                self._last = _Entry(made_by, packed, copy, None)
-                return packed
-            counters = _counters(codebook)
-            if counters is None:
-                return prepare(codebook, metric)
-            if last and last.made_by == made_by and _holds_tensor(last, codebook) and last.counters == counters:
+            made_by, last = (prepare, metric), self._last
+            if last and last.made_by == made_by and last.is_same(codebook):
                 return last.packed
-            self._last = last = None
-            packed = prepare(codebook, metric)
-            self._last = _Entry(made_by, packed, weakref.ref(codebook), counters)
+            codes, is_same = _watch(codebook)
+            if is_same is None:
+                return prepare(codes, metric)
+            self._last = last = None  # frees the memory before the next codebook needs it
+            packed = prepare(codes, metric)
+            self._last = _Entry(made_by, packed, is_same)
             return packed
 
         return prepare_once
 
 
-def _holds_values(last: _Entry, codebook: Tensor) -> bool:
-    codes = last.codes
-    return isinstance(codes, Tensor) and codes.dtype == codebook.dtype and torch.equal(codes, codebook)
-
-
-def _holds_tensor(last: _Entry, codebook: Tensor) -> bool:
-    return isinstance(last.codes, weakref.ref) and last.codes() is codebook
+def _watch(codebook: Tensor) -> tuple[Tensor, _IsSame | None]:
+    """What to pack, and a function that tells whether a later codebook is the same; None where nothing can tell."""
+    if codebook.device.type == "cpu":
+        copy = codebook.clone()
+        return copy, lambda codes: (codes.device, codes.dtype) == (copy.device, copy.dtype) and torch.equal(codes, copy)
+    counters, reference = _counters(codebook), weakref.ref(codebook)
+    return codebook, counters and (lambda codes: reference() is codes and _counters(codes) == counters)
 
 
 def _counters(codes: Tensor) -> _Counters | None:

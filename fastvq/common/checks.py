@@ -18,13 +18,11 @@ def check_search(x: Tensor, codebook: Tensor, metric: str) -> None:
     check_floating("x", x)
     check_codebook(codebook)
     if x.shape[-1] != codebook.shape[-1]:
-        raise ValueError(
-            f"codebook must be {_expected_codebook(codebook, x.shape[-1])} to match x, got {list(codebook.shape)}"
-        )
+        expected = f"[{'heads, ' if codebook.dim() == 3 else ''}n_codes, {x.shape[-1]}]"
+        raise ValueError(f"codebook must be {expected} to match x, got {list(codebook.shape)}")
     if codebook.dim() == 3 and (x.dim() < 2 or x.shape[0] != codebook.shape[0]):
-        raise ValueError(
-            f"x must be [{codebook.shape[0]}, ..., {x.shape[-1]}] to match the heads of codebook, got {list(x.shape)}"
-        )
+        expected = f"[{codebook.shape[0]}, ..., {x.shape[-1]}]"
+        raise ValueError(f"x must be {expected} to match the heads of codebook, got {list(x.shape)}")
     check_same_device("codebook", codebook, x)
     check_choice("metric", metric, METRICS)
 
@@ -38,8 +36,28 @@ def check_codebook(codebook: Tensor) -> None:
         raise ValueError(f"codebook must hold at least one code, got {list(codebook.shape)}")
 
 
-def _expected_codebook(codebook: Tensor, dim: int) -> str:
-    return f"[n_codes, {dim}]" if codebook.dim() == 2 else f"[heads, n_codes, {dim}]"
+def check_statistics(x: Tensor, indices: Tensor, n_codes: int, heads: bool) -> None:
+    """Raises where ``indices`` are not codes of the tokens ``x``, or ``n_codes`` is no number of codes."""
+    check_floating("x", x)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be an int64 tensor, got {describe(indices)}")
+    if indices.shape != x.shape[:-1]:
+        raise ValueError(f"indices must be {list(x.shape[:-1])} to match x, got {list(indices.shape)}")
+    check_same_device("indices", indices, x)
+    check_count("n_codes", n_codes, 1)
+    if heads and x.dim() < 2:
+        raise ValueError(f"x must be [heads, ..., D] with heads, got {list(x.shape)}")
+
+
+def check_lookup(indices: Tensor, codebook: Tensor) -> None:
+    """Raises where ``indices`` do not name codes of ``codebook``."""
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be an int64 or int32 tensor, got {describe(indices)}")
+    check_codebook(codebook)
+    check_same_device("indices", indices, codebook)
+    if codebook.dim() == 3 and indices.shape[:1] != codebook.shape[:1]:
+        raise ValueError(f"indices must be [{len(codebook)}, ...] to match codebook, got {list(indices.shape)}")
+    check_range(indices, codebook.shape[-2])
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
