@@ -1,10 +1,8 @@
 """The formulas in plain PyTorch: oracle, fallback and documentation of the fast path.
 
-The search, statistics and quantization of :mod:`fastvq.functional`, without its checks; search and quantization for
-one codebook. Two searches live here:
-:func:`nearest_code` is the oracle that every backend must equal, and
-:func:`nearest_code_expanded` is the formula in common use that materialises a
-``[n_tokens, n_codes]`` matrix, kept as the thing to compare with.
+The functions are those of :mod:`fastvq.functional` without checks, search and quantization for one codebook only.
+:func:`nearest_code` is the oracle that every backend must equal. :func:`nearest_code_expanded` is the formula in common
+use, which materialises a ``[tokens, codes]`` matrix: the baseline.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ def coordinates_first(rows: Tensor) -> Tensor:
 
 
 def pair_score(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
-    """Score of token-code pairs, larger is nearer: the one place where the oracle's arithmetic is written.
+    """Score of token-code pairs, larger is nearer: the oracle's arithmetic, in one place.
 
     Args:
         tokens, codes: float64 ``[D, ...]``, the coordinates first, broadcast against each other.
@@ -110,15 +108,15 @@ def code_norms(codes: Tensor) -> Tensor:
 
 
 def root(squares: Tensor) -> Tensor:
-    """Correctly rounded square roots, as IEEE 754 has them: PyTorch's on the CPU are those of MKL, which are not."""
+    """Square roots rounded as IEEE 754 demands; PyTorch's on the CPU come from MKL, which rounds otherwise."""
     return torch.from_numpy(np.sqrt(squares.numpy())) if squares.device.type == "cpu" else squares.sqrt()
 
 
 def nearest_code_expanded(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
     """The search in common use: ``argmin |x|² - 2 x·Eᵀ + |E|²`` over a full ``[N, K]`` matrix.
 
-    Computed in the dtype of the inputs, so it shares the rounding of the modules that fastvq
-    replaces (VideoGPT ``videogpt/vqvae.py``, ESM3 ``esm/layers/codebook.py``). Baseline only.
+    Computed in the dtype of the inputs, with the rounding of the modules that fastvq replaces (VideoGPT
+    ``videogpt/vqvae.py``, ESM3 ``esm/layers/codebook.py``).
 
     Args:
         x: tokens ``[N, D]``.
@@ -199,9 +197,9 @@ def quantize(x: Tensor, codebook: Tensor, *, commitment_weight: float = 0.25, ma
 class EMACodebook(nn.Module):
     """The published module with its EMA update filled in; it materialises ``[tokens, n_codes]`` matrices.
 
-    Forward and update follow ESM3's ``esm/layers/codebook.py`` (Apache-2.0 release of EvolutionaryScale's
-    esm), whose training branch is missing, and the update of VideoGPT's ``videogpt/vqvae.py``.
-    ``search`` replaces the expanded formula, for example by :func:`nearest_code`.
+    Forward and update follow ESM3's ``esm/layers/codebook.py`` (EvolutionaryScale's esm, Apache-2.0), whose training
+    branch is missing, and VideoGPT's ``videogpt/vqvae.py``. ``search`` replaces the expanded formula, for example by
+    :func:`nearest_code`.
     """
 
     embeddings: Tensor

@@ -25,7 +25,7 @@ class StraightThrough(torch.autograd.Function):
             indices: int64 ``[...]``, -1 for a token without a code, which gets NaN.
             mask: bool ``[...]``, False for padding: zero output, zero gradient. None is all True.
         """
-        # Compiled by PyTorch 2.11, an output without x in it would pass no gradient.
+        # PyTorch 2.11 compiles no gradient for an output that does not depend on x.
         nothing = x * torch.nan if torch.compiler.is_compiling() else torch.nan
         quantized = torch.where(indices[..., None] >= 0, codes.to(x.dtype), nothing)
         if mask is not None:

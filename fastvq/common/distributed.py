@@ -1,6 +1,6 @@
-"""The collectives of a codebook; all are no-ops in a single process, and where ``sync`` is False.
+"""The collectives of a codebook: no-ops in a single process, and where ``sync`` is False.
 
-No function branches on what differs between ranks, so that none waits for a collective that another never enters.
+No function branches on a value that differs between ranks, so that all ranks enter the same collectives.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def is_distributed(sync: bool = True) -> bool:
-    """Whether a process group with more than one rank exists, and is to be used."""
+    """Whether a process group with more than one rank exists and is wanted."""
     return sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -35,7 +35,7 @@ def all_reduce_sum(tensor: Tensor, sync: bool = True) -> Tensor:
 
 
 def start_sums(tensors: tuple[Tensor, ...], sync: bool = True) -> Callable[[], tuple[Tensor, ...]]:
-    """Start one all-reduce for all ``tensors`` of a dtype; the result waits for it and returns their sums."""
+    """Start one all-reduce of all ``tensors``, of one dtype; the function returned waits for it and gives the sums."""
     if not is_distributed(sync):
         return lambda: tensors
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

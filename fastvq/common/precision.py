@@ -1,4 +1,4 @@
-"""Keeps reduced-precision settings of the caller out of the search."""
+"""Keeps the caller's reduced-precision settings out of the search."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# The setting is the process's: the first search to change it remembers what it was, the last one puts that back.
+# The setting belongs to the process: the first search that changes it remembers it, the last one puts it back.
 _lock = threading.Lock()
 _searches: Counter[str] = Counter()
 _before: dict[str, str] = {}
@@ -19,9 +19,9 @@ _before: dict[str, str] = {}
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Float32 matrix products of PyTorch are float32 inside, whatever autocast or the caller's settings say.
 
-    The error bounds of the search hold for float32 products only, and TF32 or bfloat16 may replace them, on the CPU as
-    well. The setting is read and written where ``set_float32_matmul_precision`` and ``fp32_precision`` both end up:
-    the function itself raises once a program has used the attributes.
+    The error bounds of the search hold for float32 products only, and PyTorch may replace them by TF32 or bfloat16, on
+    CPUs too. The setting is read and written where both ``set_float32_matmul_precision`` and ``fp32_precision`` end
+    up: the function raises once a program has used the attributes.
     """
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     products, kind = backend.matmul, device.type
@@ -44,7 +44,7 @@ def _in_float32(kind: str, products: Any) -> Iterator[None]:
         with _lock:
             _searches[kind] -= 1
             if not _searches[kind]:
-                # What a wider setting decides is left to it: written down here, it would outlast a change of that.
+                # "none" follows the wider setting; its present value, written here, would outlast a change of that.
                 products.fp32_precision = "none"
                 if products.fp32_precision != _before[kind]:
                     products.fp32_precision = _before[kind]

@@ -25,8 +25,8 @@ _Report = Callable[[int, float], None]
 class KMeans(NamedTuple):
     """Result of :func:`kmeans`.
 
-    ``codes [K, D]`` float32, ``counts [K]`` int64, the tokens nearest to each, ``inertia``, the sum of their squared
-    distances, and the number of ``iterations`` that moved the codes.
+    ``codes [K, D]`` float32, ``counts [K]`` int64 (tokens nearest to each code), ``inertia`` (the sum of the squared
+    distances of tokens and codes), and the number of ``iterations`` that moved the codes.
     """
 
     codes: Tensor
@@ -55,34 +55,35 @@ def kmeans(
     token, drawn with odds of the squared distance to its code. ``metric="cosine"`` clusters ``x / |x|`` with codes of
     norm 1 (spherical k-means).
 
-    ``init="k-means++"`` is k-means|| of Bahmani et al. 2012 (arXiv 1203.6402) with exactly K candidates in each of
-    three rounds, the first drawn evenly, the others with odds of the squared distance to the candidates so far. From
-    them, weighted by the tokens nearest to each, K are picked in at most 256 turns, one each up to 256 codes (which
-    is k-means++, Arthur and Vassilvitskii 2007). ``"random"`` takes K tokens.
+    ``init="k-means++"`` is k-means|| of Bahmani et al. 2012 (arXiv 1203.6402). Three rounds draw exactly K candidates
+    each, the first round evenly, the others with odds of the squared distance to the candidates so far. K of them,
+    weighted by the tokens nearest to each, are picked in at most 256 turns; up to 256 codes that is one a turn,
+    k-means++ itself (Arthur and Vassilvitskii 2007). ``"random"`` takes K tokens.
 
-    With ``torch.distributed`` every rank passes its own tokens and gets the codes of all, the same bit for bit.
+    Every rank of a process group passes its own tokens and gets the codes of all tokens, the same bit for bit.
 
     Args:
-        x: tokens ``[..., D]``, floating, or an iterable of them that can be iterated more than once (a list, a
-            DataLoader), at least one on every rank; a batch may be empty. Tokens that hold a NaN or an infinity are
+        x: tokens ``[..., D]``, floating, or an iterable of batches that can be iterated more than once (a list, a
+            DataLoader). Every rank has at least one batch, which may be empty. Tokens with a NaN or an infinity are
             left out.
         n_codes: K ≥ 1. With fewer distinct tokens the last codes repeat the first.
         metric: ``"euclidean"`` or ``"cosine"``.
         mask: bool ``[...]``, True for a real token, where ``x`` is one tensor. Default: all.
         init: ``"k-means++"`` or ``"random"``.
-        max_iterations: at most so many times are the codes moved.
-        tolerance: stop when an iteration lowers the inertia by no more than this share; 0: when it lowers it no more.
-        generator: a CPU generator; rank 0's decides. Default: PyTorch's own.
+        max_iterations: the codes move at most this often.
+        tolerance: stop when an iteration lowers the inertia by this share or less; 0: when it no longer falls.
+        generator: a CPU generator; that of rank 0 decides. Default: PyTorch's own.
         backend: as in :func:`fastvq.nearest_code`.
-        sync: take part with all ranks.
-        progress: show a progress bar (needs rich).
+        sync: cluster the tokens of all ranks.
+        progress: show a progress bar; needs rich, which the extra ``cli`` installs.
 
     Returns:
         :class:`KMeans`; ``counts`` and ``inertia`` belong to the ``codes`` returned.
 
     Raises:
-        TypeError: ``x`` is an iterator, which can be read only once, or holds something else than floating tensors.
+        TypeError: ``x`` is an iterator, which can be read only once, or holds other things than floating tensors.
         ValueError: there is no finite token, or an argument is out of its range.
+        ModuleNotFoundError: ``progress`` without rich.
     """
     check_choice("metric", metric, ("euclidean", "cosine"))
     check_choice("init", init, ("k-means++", "random"))
@@ -164,7 +165,7 @@ def cluster(
         for _ in range(_ROUNDS):
             codes = torch.cat([codes, draw_far(n_codes, codes)])
         codes = pick_codes(codes, assign(codes)[0], n_codes, distances, together)
-    # With fewer distinct tokens than codes.
+    # Fewer distinct tokens than codes: the codes repeat.
     codes = codes[torch.arange(n_codes, device=device) % len(codes)]
     codes = distributed.broadcast_from_rank_0(codes, sync)
 

@@ -22,10 +22,7 @@ _RANK_BITS = 16
 
 
 class Draw(NamedTuple):
-    """A token for every code, ``rows [K, D]`` float32, and how many tokens they were drawn from, a scalar tensor.
-
-    The rows mean nothing where ``n_tokens`` is 0.
-    """
+    """A token for every code, ``rows [K, D]`` float32, drawn from ``n_tokens``, a scalar; 0: the rows mean nothing."""
 
     rows: Tensor
     n_tokens: Tensor
@@ -34,12 +31,12 @@ class Draw(NamedTuple):
 def draw_tokens(tokens: Tensor, real: Tensor, n_codes: int) -> Draw:
     """K random real tokens, without replacement while there are enough.
 
-    With fewer than K tokens they are repeated with a little noise, ``0.01/√D`` (VideoGPT's rule). Where padding leaves
-    fewer, a repeated one moves up to 1 % of the way to another, so that no two codes are the same.
+    Fewer than K tokens repeat with a little noise, ``0.01/√D`` (VideoGPT's rule). Where padding leaves fewer real
+    tokens, a repeated token moves up to 1 % of the way to another, so that no two codes are the same.
 
     Args:
         tokens: ``[n, D]`` float32.
-        real: bool ``[n]``, which of them may be drawn.
+        real: bool ``[n]``, the tokens that may be drawn.
         n_codes: K.
     """
     n_tokens = real.sum()
@@ -48,12 +45,12 @@ def draw_tokens(tokens: Tensor, real: Tensor, n_codes: int) -> Draw:
     tiled = tile(tokens, n_codes)
     real = real.repeat(-(-len(tiled) // len(tokens)))
     order = torch.randperm(len(tiled), device=tiled.device)
-    # Real tokens first, in their random order; the draw starts over when they do not suffice.
+    # Real tokens first, in their random order; the draw starts over where they are fewer than K.
     # (gather: TorchInductor 2.13 fails to match its own pattern on an index by randperm.)
     order = order.gather(0, torch.argsort(~real.gather(0, order), stable=True))
     n_real, place = real.sum().clamp(min=1), torch.arange(n_codes, device=tiled.device)
     rows = tiled[order[place % n_real]]
-    # Other devices than the CPU would have to be waited for.
+    # A GPU would have to be waited for.
     if n_real.device.type == "cpu" and may_read(n_real) and n_real >= n_codes:
         return Draw(rows, n_tokens)
     turn = place // n_real
@@ -78,16 +75,16 @@ def merge(first: Draw, second: Draw) -> Draw:
 
 
 def over_ranks(draw: Draw, sync: bool) -> tuple[Tensor, Tensor]:
-    """One draw from the tokens of all ranks, the same on each: ``rows [K, D]``, and whether there was a token at all.
+    """One draw from the tokens of all ranks, the same on each: ``rows [K, D]``, and whether any rank has a token.
 
-    A race decides for every code: rank r's arrival time is exponential with rate ``n_r``, so that it is the first
-    with odds of ``n_r`` (Efraimidis and Spirakis 2006). A rank without tokens never arrives.
+    A race decides for every code. Rank r arrives after an exponential time of rate ``n_r``, so that it wins with odds
+    of ``n_r`` (Efraimidis and Spirakis 2006). A rank without tokens never arrives.
     """
     if not distributed.is_distributed(sync):
         return draw.rows, draw.n_tokens > 0
     never = torch.full((), torch.inf, dtype=torch.float64, device=draw.rows.device)
     rank, world_size = distributed.rank(), distributed.world_size()
-    # Numbers for all ranks, so that those of two ranks differ where both were seeded alike.
+    # Every rank draws for all ranks and takes its own number: ranks that were seeded alike differ too.
     uniform = torch.rand(world_size, len(draw.rows), dtype=torch.float64, device=draw.rows.device)[rank]
     arrival = torch.where(draw.n_tokens > 0, -uniform.clamp(min=1e-300).log() / draw.n_tokens, never)
     # Positive numbers are ordered as their bits are.

@@ -1,8 +1,8 @@
 """Random draws of k-means: tokens with given odds, and the first codes.
 
-A draw is a race: a token of weight w arrives at a time that is exponential with rate w, and the first n are taken.
-That is drawing without replacement with odds of w (Efraimidis and Spirakis 2006, "Weighted random sampling with a
-reservoir"); it needs no sum of weights, reads the tokens once in batches of any size, and merges over ranks.
+A draw is a race. A token of weight w arrives after an exponential time of rate w, and the first n tokens win: a draw
+without replacement with odds of w (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir"). A race
+needs no sum of weights, reads the tokens once in batches of any size, and merges over ranks.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def draw_rows(batches: Iterable[tuple[Tensor, Tensor]], n: int, generator: torch
     """At most n tokens of all ranks, without replacement, with odds of their weights: the same rows on every rank.
 
     Args:
-        batches: tokens ``[m, D]`` and their weights ``[m]``, floating; at least one batch; weight 0 is never drawn.
-        n: how many are wanted; fewer come where fewer have a positive weight.
-        generator: of this rank.
+        batches: tokens ``[m, D]`` and their weights ``[m]``, floating; at least one batch. Weight 0 is never drawn.
+        n: rows wanted; fewer come where fewer tokens have a positive weight.
+        generator: the generator of this rank.
         sync: draw from the tokens of all ranks.
     """
     best: tuple[Tensor, Tensor] | None = None

@@ -1,4 +1,4 @@
-"""The codebook as a module: nearest code, straight-through gradient, update by exponential moving averages."""
+"""The codebook as a module: nearest code, straight-through gradient, exponential moving averages."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ _METRICS = ("euclidean", "cosine")
 class EMACodebook(CodebookState):
     """Vector quantizer whose codes follow the tokens they win; a drop-in for ESM3's class.
 
-    Checkpoints of VideoGPT's and TATS's ``Codebook`` load too.
-
     A training step, with ``γ = ema_decay``, ``n_k`` tokens won by code k and ``s_k`` their sum over all ranks::
 
         N_k   ← γ N_k + (1 - γ) n_k
@@ -43,28 +41,28 @@ class EMACodebook(CodebookState):
         E_k   ← z_k / w_k,   w_k = (N_k + ε) / (ΣN + K ε) · ΣN,   ε = 1e-7
         E_k   ← a random token where N_k < restart_thres,  if random restart is on
 
-    The returned codes are those before the update. Sources: van den Oord et al. 2017 (arXiv 1711.00937, appendix
+    The forward returns the codes before the update. Sources: van den Oord et al. 2017 (arXiv 1711.00937, appendix
     A.1); ESM3 ``esm/layers/codebook.py``; VideoGPT ``videogpt/vqvae.py``.
 
-    With ``metric="cosine"`` each token stands for its direction ``u = z / |z|``: the code of the largest
-    ``u·e / |e|`` wins, ``s_k`` sums the ``u``, codes are normalised after each update, ``quantized`` is the code of
-    norm 1, and ``loss = w · mean (u - e)² = w · 2 (1 - cos) / D``; gradients reach z through u (the rule of
-    LlamaGen's quantizer and of lucidrains' ``use_cosine_sim``).
+    With ``metric="cosine"`` each token stands for its direction ``u = z / |z|``: the code with the largest
+    ``u·e / |e|`` wins, ``s_k`` sums the ``u``, an update ends by normalising the codes, ``quantized`` is the code of
+    norm 1, and ``loss = w · mean (u - e)² = w · 2 (1 - cos) / D``. Gradients reach z through u (the rule of LlamaGen's
+    quantizer and of lucidrains' ``use_cosine_sim``).
 
-    State (buffers, the keys of the original classes, always float32): ``embeddings [K, D]``, ``N [K]``,
-    ``z_avg [K, D]``. The first training batch that holds a token initialises them, unless a state was loaded; when
-    compiled, the first batch has to hold one.
+    The state is three float32 buffers with the keys of the original classes: ``embeddings [K, D]``, ``N [K]`` and
+    ``z_avg [K, D]``. Checkpoints of VideoGPT's and TATS's ``Codebook`` load too. The first training batch that holds a
+    token initialises the state, unless a state was loaded; a compiled module needs a token in its first batch.
 
-    Many processes: every rank holds the same state, bit for bit. A step costs one all-reduce of ``[K, D + 1]``, and
-    with random restart one of ``[K]`` and one of ``[K, D]``; a rank may have no tokens. Every rank has to load a
-    checkpoint; for DistributedDataParallel, which copies the buffers of rank 0, that one is enough unless compiled.
+    Every rank of a process group holds the same state, bit for bit, and may have no tokens. A step costs one all-reduce
+    of ``[K, D + 1]``, and with random restart one of ``[K]`` and one of ``[K, D]``. Every rank loads a checkpoint;
+    under DistributedDataParallel, which copies the buffers of rank 0, rank 0 is enough unless the module is compiled.
 
     Args:
         n_codes: K ≥ 1.
         embedding_dim: D ≥ 1.
-        no_random_restart: leave rarely used codes alone. False re-draws them in every step, from the tokens of all
-            ranks; ``N`` and ``z_avg`` stay, so that an unused code is another token in each step.
-        restart_thres: a code is rarely used while its moving count ``N_k`` is below this many tokens per step.
+        no_random_restart: leave dead codes alone. False re-draws them in every step, from the tokens of all ranks;
+            ``N`` and ``z_avg`` stay, so that a dead code is another token in each step.
+        restart_thres: a code is dead while its moving count ``N_k`` is below this many tokens per step.
         ema_decay: γ in [0, 1).
         restart_threshold_relative: replaces ``restart_thres`` by this share of the mean count ``ΣN / K``, which does
             not depend on the batch size.
@@ -144,8 +142,8 @@ class EMACodebook(CodebookState):
 
         Args:
             z: tokens ``[..., D]``, or ``[b, D, ...]`` with ``channel_first``; any floating dtype and strides.
-            mask: bool ``[...]``, the shape of ``z`` without D, True for a real token; padding takes no part in
-                anything and gets index -1, a zero output and no gradient. Default: all.
+            mask: bool ``[...]``, the shape of ``z`` without D, True for a real token. Padding gets index -1, a zero
+                output and no gradient, and enters no statistics. Default: all tokens are real.
 
         Returns:
             ``(quantized, indices [...] int64, commitment loss)`` as :func:`fastvq.quantize`; ``quantized`` has the
@@ -174,12 +172,12 @@ class EMACodebook(CodebookState):
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Training steps inside collect statistics; the first one after it updates the codebook with all of them.
+        """Training steps inside collect statistics; the first step after the block updates the codebook with all.
 
         The result is that of one step on all batches together, as ``no_sync()`` of DistributedDataParallel gives it
-        for gradients, and no process waits for another inside. Initialisation does not wait: it takes the first batch.
-        What was collected is no part of the state dict. It is dropped by a new codebook (:meth:`initialize`,
-        ``load_state_dict``), and that of the steps inside by an exception that leaves the block.
+        for gradients. No process waits for another inside the block. Initialisation does not wait for the end of the
+        block: it takes the first batch. Collected statistics are no part of the state dict. A new codebook
+        (:meth:`initialize`, ``load_state_dict``) drops them; an exception drops those of its block.
         """
         before, pending = self._accumulates, self._pending
         self._accumulates = True
@@ -193,11 +191,11 @@ class EMACodebook(CodebookState):
 
     @torch.no_grad()
     def initialize(self, x: Tensor | Iterable[Tensor], mask: Tensor | None = None) -> None:
-        """Learn the first codes from ``x`` now, as ``init`` says, whatever the codebook holds.
+        """Replace the codes now by codes learned from ``x`` as ``init`` says.
 
         Args:
-            x: tokens as :meth:`forward` takes them, or an iterable of them that can be iterated more than once. With
-                many processes every rank calls this with its own part.
+            x: tokens as :meth:`forward` takes them, or an iterable of batches that can be iterated more than once.
+                Every rank of a process group calls this with its own tokens.
             mask: as in :meth:`forward`, for one batch.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Where the coordinates of a token stand: last, or after the batch dimension as convolutions have them."""
+"""The coordinates of a token come last, or, as in convolutions, after the batch dimension."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def tokens_last(z: Tensor, dim: int, channel_first: bool) -> Tensor:
     Args:
         z: ``[..., D]``, or ``[b, D, ...]`` where ``channel_first``.
         dim: D.
-        channel_first: which of both.
+        channel_first: which of both layouts ``z`` has.
 
     Raises:
         TypeError: ``z`` is not a floating-point tensor.
@@ -32,7 +32,7 @@ def tokens_last(z: Tensor, dim: int, channel_first: bool) -> Tensor:
 
 
 def as_given(tokens: Tensor, z: Tensor, channel_first: bool) -> Tensor:
-    """``tokens [..., D]`` in the layout of ``z``, its memory format included: ``.view`` works where it did on ``z``."""
+    """``tokens [..., D]`` in the layout and memory format of ``z``: ``.view`` works where it works on ``z``."""
     if not channel_first:
         return tokens
     return torch.empty_like(z.detach(), dtype=tokens.dtype).copy_(tokens.movedim(-1, 1))
