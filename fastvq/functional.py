@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastvq.backends.base import Backend
 from fastvq.backends.codebook_cache import CodebookCache
-from fastvq.backends.operators import backend_for
-from fastvq.common.checks import check_lookup, check_mask, check_range, check_search, check_statistics
+from fastvq.backends.operators import backend_for, is_traced
+from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss
 
@@ -150,7 +150,7 @@ def code_statistics(
     check_mask(mask, x)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
-    check_range(indices, n_codes)
+    _check_range(indices, n_codes)
     leading = x.shape[:1] if heads else ()
     if heads:
         first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
@@ -220,7 +220,17 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
             ``indices`` leave their range.
     """
     check_lookup(indices, codebook)
+    _check_range(indices, codebook.shape[-2])
     return torch.where(indices[..., None] < 0, 0, _gather(indices, codebook))
+
+
+def _check_range(indices: Tensor, n_codes: int) -> None:
+    """Raises where an index on the CPU is outside ``[-1, n_codes)``; a look at a GPU's values would wait for it."""
+    if indices.device.type != "cpu" or is_traced(indices) or indices.numel() == 0:
+        return
+    least, most = (int(end) for end in torch.aminmax(indices))
+    if least < -1 or most >= n_codes:
+        raise ValueError(f"indices must be in [-1, {n_codes}), got {least if least < -1 else most}")
 
 
 def _gather(indices: Tensor, codebook: Tensor) -> Tensor:

@@ -10,12 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastvq.backends.base import Backend
 from fastvq.backends.choose import BACKENDS, check_backend, choose
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.common.ema_step import EMAStep
-from fastvq.common.tracing import is_traced
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler or a tensor subclass records operations on ``x``, or ``x`` has no values."""
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return is_recorded or type(x) not in (Tensor, Parameter) or x.is_meta
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a branch may depend on the value of ``tensor``."""
+    return not torch.compiler.is_compiling() and not tensor.is_meta
 
 
 def backend_for(x: Tensor, name: str) -> Backend:

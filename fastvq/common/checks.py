@@ -8,8 +8,6 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from fastvq.common.tracing import is_traced
-
 METRICS = ("euclidean", "cosine", "dot")
 
 
@@ -57,7 +55,6 @@ def check_lookup(indices: Tensor, codebook: Tensor) -> None:
     check_same_device("indices", indices, codebook)
     if codebook.dim() == 3 and indices.shape[:1] != codebook.shape[:1]:
         raise ValueError(f"indices must be [{len(codebook)}, ...] to match codebook, got {list(indices.shape)}")
-    check_range(indices, codebook.shape[-2])
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -86,15 +83,6 @@ def check_same_device(name: str, value: Tensor, other: Tensor) -> None:
     """Raises where ``value`` is on another device than ``other``."""
     if value.device != other.device:
         raise ValueError(f"{name} must be on {other.device} like the other tensor, got {value.device}")
-
-
-def check_range(indices: Tensor, n_codes: int) -> None:
-    """Raises where an index on the CPU is outside ``[-1, n_codes)``; a look at a GPU's values would wait for it."""
-    if indices.device.type != "cpu" or is_traced(indices) or indices.numel() == 0:
-        return
-    least, most = (int(end) for end in torch.aminmax(indices))
-    if least < -1 or most >= n_codes:
-        raise ValueError(f"indices must be in [-1, {n_codes}), got {least if least < -1 else most}")
 
 
 def check_mask(mask: Tensor | None, x: Tensor) -> None:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq.backends.operators import may_read
 from fastvq.common import distributed
-from fastvq.common.tracing import may_read
 
 # The low bits of a key name the rank, so that no two ranks win the same code.
 _RANK_BITS = 16

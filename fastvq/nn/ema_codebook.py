@@ -13,11 +13,10 @@ from torch import Tensor
 from fastvq.backends.base import Backend
 from fastvq.backends.choose import check_backend
 from fastvq.backends.codebook_cache import CodebookCache
-from fastvq.backends.operators import backend_for
+from fastvq.backends.operators import backend_for, may_read
 from fastvq.common.checks import check_choice, check_count, check_mask, check_same_device
 from fastvq.common.directions import directions, directions_or
 from fastvq.common.ema_step import EMAStep
-from fastvq.common.tracing import may_read
 from fastvq.functional import pass_through, search_codes
 from fastvq.learning import restart
 from fastvq.learning.batch_statistics import BatchStatistics, Update, collect

@@ -33,7 +33,7 @@ def test_the_check_notices_a_wait():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """No function looks at values, as on a GPU."""
-    monkeypatch.setattr("fastvq.functional.check_range", lambda indices, n_codes: None)
+    monkeypatch.setattr("fastvq.functional._check_range", lambda indices, n_codes: None)
     monkeypatch.setattr("fastvq.learning.restart.may_read", lambda tensor: False)
 
 
