@@ -1,9 +1,9 @@
-"""What the kernels cost on GPUs that need not be there: `python -m bench.static [--json]`.
+"""Costs of the kernels on GPUs that need not be there: `python -m bench.static [--json]`.
 
 Every shipped configuration is compiled offline; nothing is run or timed. For NVIDIA chips the instructions of the
-scan's main loop are counted and a model turns them into a time, which is a floor and not a measurement. A second model
-says what the steps after the scan add at the shapes of models, and in the worst case; a third, what the statistics of a
-training step cost beside reading its tokens.
+scan's main loop are counted, and a model turns them into a time, which is a floor and not a measurement. A second model
+gives the cost of the steps after the scan at the shapes of models and in the worst case; a third gives the cost of the
+statistics of a training step beside reading its tokens.
 """
 
 from __future__ import annotations
@@ -12,76 +12,106 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from bench.static import launches
 from bench.static.issue_model import H100, PairCost, modelled_time, slots_per_pair
 from bench.static.main_loop import code_tile_loop, flat_loop, main_loop
-from bench.static.offline import TARGETS, Compiled
+from bench.static.offline import TARGETS, Compiled, Launch, compile_offline
 from bench.static.refine_model import COUNTS, products, traffic_rows
-from bench.static.shipped import PLAIN_TILE, plain, rescan, scan, search_kernels, training_kernels
 from bench.static.statistics_model import statistics_rows
 from bench.static.worst_case_model import worst_case_row
-from fastvq_kernels.configs import packed_width
+from fastvq_kernels.configs import packed_width, rescan_config, scan_config
 from fastvq_kernels.search.bounds import CHUNK
 
-# Widths of packed rows, with a dimension that has them.
-SCANS = {16: 4, 32: 8, 64: 64, 128: 128, 192: 192, 256: 256, 512: 512, 1024: 1024}
-# Dimensions for each width and number of products of the second scan.
-RESCANS = (4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024)
+Row = dict[str, Any]
+
+# Dimensions at which kernels are compiled: one for each width of packed rows, for the second scan also one for each
+# number of products, few for kernels that hardly depend on it.
+DIMS = {
+    "scan_kernel": (4, 8, 64, 128, 192, 256, 512, 1024),
+    "rescan_kernel": (4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024),
+    "merge_kernel": (8,),
+}
+OTHER_DIMS = (8, 64, 256, 1024)
+TRAINING_DIMS = (3, 64)  # loads of one column, and of four
+COSINE_DIM = 8
 TOKENS, CODES = 65536, 16384
 FLOAT32_FMA = re.compile(r"\bFFMA|\bv_(?:pk_)?fmac?_f32")
 
 
-def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[dict[str, Any]]:
-    """One record per kernel, width and target; then those of the models of traffic on sm_90."""
-    scan_costs: dict[int, PairCost] = {}
-    rescan_costs: dict[int, dict[int, PairCost]] = {}
-    settles: dict[int, Compiled] = {}
+def records(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Row]:
+    """One record per kernel, dimension and target; then those of the models on sm_90."""
+    scans: dict[int, PairCost] = {}
+    rescans: dict[int, dict[int, PairCost]] = {}
+    walks: dict[int, Compiled] = {}
     for target in targets:
-        for width in SCANS:
-            compiled, config = scan(target, width)
-            pairs = config.block_m * config.block_n
-            chunks = 1 if config.resident else width // config.block_d
-            costs = _costs(compiled, width, pairs, chunks, flat=not config.resident)
-            if target == "sm_90":
-                scan_costs[width] = PairCost(costs["slots_per_pair"], costs["alu_per_pair"])
-            yield {**_resources(compiled, width), **costs}
-        for dim in RESCANS:
-            compiled, tiles = rescan(target, dim)
-            depth, width = products(dim), packed_width(dim)
-            chunks = 1 if width <= tiles.resident else width // CHUNK
-            by_tile = {n: _costs(compiled, depth, tiles.block_m * n, chunks) for n in tiles.columns}
-            if target == "sm_90":
-                rescan_costs[dim] = {n: PairCost(c["slots_per_pair"], c["alu_per_pair"]) for n, c in by_tile.items()}
-            yield {**_resources(compiled, dim), **by_tile[tiles.block_n]}
-            if tiles.few_n:
-                yield {"kernel": "rescan_kernel, few", "target": target, "D": dim, **by_tile[tiles.few_n]}
+        for dim, launch in _searches(target):
+            kernel = compile_offline(launch, target)
+            if launch.name == "scan_kernel":
+                costs = _scan_costs(kernel, dim)
+                if target == "sm_90":
+                    scans[packed_width(dim)] = PairCost(costs["slots_per_pair"], costs["alu_per_pair"])
+                yield {**_resources(kernel, packed_width(dim)), **costs}
+            elif launch.name == "rescan_kernel":
+                few, many = _rescan_costs(kernel, dim)
+                if target == "sm_90":
+                    by_tile = {**few, **many}
+                    rescans[dim] = {n: PairCost(c["slots_per_pair"], c["alu_per_pair"]) for n, c in by_tile.items()}
+                yield {**_resources(kernel, dim), **next(iter(many.values()))}
+                yield from ({"kernel": "rescan_kernel, few", "target": target, "D": dim, **c} for c in few.values())
+            else:
+                if target == "sm_90" and launch.name == "exhaustive_kernel":
+                    walks[dim] = kernel
+                yield _resources(kernel, dim)
+        for dim in TRAINING_DIMS:
+            yield from (_resources(compile_offline(each, target), dim) for each in launches.training(target, dim))
+        for launch in launches.search(target, COSINE_DIM, "cosine"):
+            if launch.name not in ("scan_kernel", "rescan_kernel"):
+                yield {**_resources(compile_offline(launch, target), COSINE_DIM), "metric": "cosine"}
         if target != "gfx942":
-            compiled = plain(target)
-            yield {**_resources(compiled, 64), **_costs(compiled, 64, PLAIN_TILE**2, 1)}
-        for dim, compiled in chain(search_kernels(target), training_kernels(target)):
-            if target == "sm_90" and compiled.name == "settle_kernel":
-                settles[dim] = compiled
-            yield _resources(compiled, dim)
-        for dim, compiled in search_kernels(target, (8,), "cosine"):
-            yield {**_resources(compiled, dim), "metric": "cosine"}
-    if scan_costs:
-        yield from traffic_rows(scan_costs, rescan_costs)
+            kernel = compile_offline(launches.plain(target), target)
+            yield {**_resources(kernel, 64), **_costs(kernel, 64, launches.PLAIN_TILE**2, 1)}
+    if scans:
+        yield from traffic_rows(scans, rescans)
         yield from statistics_rows()
-    for dim, compiled in settles.items():
-        yield worst_case_row(compiled, dim)
+    for dim, kernel in walks.items():
+        yield worst_case_row(kernel, dim)
 
 
-def _resources(kernel: Compiled, width: int) -> dict[str, Any]:
+def _searches(target: str) -> Iterator[tuple[int, Launch]]:
+    """The launches of searches at all dimensions, each kernel at its own."""
+    for dim in sorted({*OTHER_DIMS, *(dim for dims in DIMS.values() for dim in dims)}):
+        for launch in launches.search(target, dim):
+            if dim in DIMS.get(launch.name, OTHER_DIMS):
+                yield dim, launch
+
+
+def _scan_costs(kernel: Compiled, dim: int) -> Row:
+    width = packed_width(dim)
+    config = scan_config(width, kernel.target)
+    chunks = 1 if config.resident else width // config.block_d
+    return _costs(kernel, width, config.block_m * config.block_n, chunks, flat=not config.resident)
+
+
+def _rescan_costs(kernel: Compiled, dim: int) -> tuple[dict[int, Row], dict[int, Row]]:
+    """Costs by codes per tile, of the tiles for few tokens, if any, and of the others."""
+    width = packed_width(dim)
+    tiles = rescan_config(width, kernel.target)
+    chunks = 1 if width <= tiles.resident else width // CHUNK
+    costs = {n: _costs(kernel, products(dim), tiles.block_m * n, chunks) for n in tiles.columns}
+    return {n: c for n, c in costs.items() if n != tiles.block_n}, {tiles.block_n: costs[tiles.block_n]}
+
+
+def _resources(kernel: Compiled, dim: int) -> Row:
     return {
         "kernel": kernel.name,
         "target": kernel.target,
-        "D": width,
+        "D": dim,
         "registers": kernel.registers,
         "spill_bytes": kernel.spill_bytes,
         "shared_bytes": kernel.shared_bytes,
@@ -92,7 +122,7 @@ def _resources(kernel: Compiled, width: int) -> dict[str, Any]:
     }
 
 
-def _costs(kernel: Compiled, width: int, pairs: int, chunks: int, flat: bool = False) -> dict[str, Any]:
+def _costs(kernel: Compiled, width: int, pairs: int, chunks: int, flat: bool = False) -> Row:
     """Instructions per (token, code) pair and the modelled time; AMD's code is not counted.
 
     Chunks of D are passes of one ``flat`` loop, or may stay a loop inside the loop over codes.
@@ -129,97 +159,101 @@ def main() -> None:
         json.dump(rows, sys.stdout)
         return
     console = Console(width=120)
-    console.print(_cost_table([row for row in rows if "slots_per_pair" in row]))
-    console.print(
-        f"Model, not a measurement: {H100}. Overlapped: product and maxima at once; serial: one after the other."
-    )
-    console.print(_resource_table([row for row in rows if "registers" in row]))
-    console.print(_traffic_table([row for row in rows if "share_of_scan" in row]))
-    console.print(f"Model, not a measurement; open tokens as counted in {COUNTS.name}.")
-    console.print(_statistics_table([row for row in rows if "reads_of_x" in row]))
+    for title, columns, left, note in _TABLES:
+        key = columns[-1][0]
+        table = Table(title=title)
+        for i, (_, heading, _) in enumerate(columns):
+            table.add_column(heading, justify="left" if i < left else "right", no_wrap=True)
+        for row in rows:
+            if key in row:
+                table.add_row(*(show(row[name]) for name, _, show in columns))
+        console.print(table)
+        console.print(note)
     for row in rows:
         if "ratio_overlapped" in row:
             console.print(
-                f"All codes equal, D {row['D']}: settling in modelled clocks of a plain float64 scan: "
+                f"All codes equal, D {row['D']}: the exhaustive walk in modelled clocks of a plain float64 scan: "
                 f"{row['ratio_overlapped']:.2f} with pipes overlapped, {row['ratio_serial']:.2f} phase after phase."
             )
 
 
-def _cost_table(rows: list[dict[str, Any]]) -> Table:
-    title = f"main loop per (token, code) pair; modelled for {TOKENS} tokens, {CODES} codes on an H100"
-    table = _table(title, "issue slots", "ALU pipe", "overlapped", "serial", "limiter")
-    for row in rows:
-        table.add_row(
-            *_kernel_cells(row),
-            f"{row['slots_per_pair']:.2f}",
-            f"{row['alu_per_pair']:.2f}",
-            f"{row['modelled_us']} µs",
-            f"{row['modelled_serial_us']} µs",
-            row["limiter"],
-        )
-    return table
+# Name in a row, heading, and how a value is shown; the last name tells the rows of the table.
+_Column = tuple[str, str, Callable[[Any], str]]
+_KERNEL: list[_Column] = [("kernel", "kernel", str), ("target", "target", str), ("D", "D", str)]
 
 
-def _traffic_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="modelled time of the scan, and of all that follows it, on an H100, fp32 tokens")
-    for column in ("shape", "N×K×D", "data"):
-        table.add_column(column, no_wrap=True)
-    for column in ("scan µs", "after it µs", "% of scan", "most of it"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            *(row[key] for key in ("shape", "size", "data")),
-            f"{row['scan_modelled_us']:.1f}",
-            f"{row['after_scan_modelled_us']:.1f}",
-            f"{100 * row['share_of_scan']:.0f}",
-            row["largest_term"],
-        )
-    return table
+def _counts(by_name: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in by_name.items()) or "-"
 
 
-def _statistics_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="modelled traffic of a training step's statistics, in µs + launches, on an H100")
-    for column in ("shape", "H×N×K×D"):
-        table.add_column(column, no_wrap=True)
-    for column in ("x once", "atomics", "ordered", "chosen", "times x once", "most of it", "EMA"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            *(row[key] for key in ("shape", "size")),
-            f"{row['read_modelled_us']:.1f}",
-            *(f"{row[f'{form}_modelled_us']:.1f} + {row[f'{form}_launches']}" for form in ("atomics", "ordered")),
-            row["chosen"],
-            f"{row['reads_of_x']:.1f}",
-            row["largest_term"],
-            f"{row['ema_modelled_us']:.1f}",
-        )
-    return table
+def _fixed(digits: int, unit: str = "") -> Callable[[Any], str]:
+    return lambda value: f"{value:.{digits}f}{unit}"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
-    for column in ("kernel", "target", "D", *columns):
-        table.add_column(column, no_wrap=True)
-    return table
-
-
-def _kernel_cells(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["kernel"], row["target"], str(row["D"])
-
-
-def _resource_table(rows: list[dict[str, Any]]) -> Table:
-    title = "compiled offline; nothing was run"
-    table = _table(title, "registers", "spilled", "shared KiB", "limit", "matrix instructions")
-    for row in rows:
-        table.add_row(
-            *_kernel_cells(row),
-            str(row["registers"]),
-            str(row["spill_bytes"]),
-            f"{row['shared_bytes'] / 1024:.1f}",
-            f"{row['shared_limit_bytes'] // 1024}",
-            ", ".join(f"{name} {count}" for name, count in row["matrix_instructions"].items()) or "-",
-        )
-    return table
+_TABLES: list[tuple[str, Sequence[_Column], int, str]] = [
+    (
+        f"main loop per (token, code) pair; modelled for {TOKENS} tokens, {CODES} codes on an H100",
+        [
+            *_KERNEL,
+            ("slots_per_pair", "issue slots", _fixed(2)),
+            ("alu_per_pair", "ALU pipe", _fixed(2)),
+            ("modelled_us", "overlapped", _fixed(0, " µs")),
+            ("modelled_serial_us", "serial", _fixed(0, " µs")),
+            ("limiter", "limiter", str),
+        ],
+        8,
+        f"Model, not a measurement: {H100}. Overlapped: product and maxima at once; serial: one after the other.",
+    ),
+    (
+        "compiled offline; nothing was run",
+        [
+            *_KERNEL,
+            ("registers", "registers", str),
+            ("spill_bytes", "spilled", str),
+            ("shared_bytes", "shared KiB", lambda count: f"{count / 1024:.1f}"),
+            ("shared_limit_bytes", "limit", lambda count: f"{count // 1024}"),
+            (
+                "matrix_instructions",
+                "matrix instructions",
+                _counts,
+            ),
+        ],
+        8,
+        "",
+    ),
+    (
+        "modelled time of the scan, and of all that follows it, on an H100, fp32 tokens",
+        [
+            ("shape", "shape", str),
+            ("size", "N×K×D", str),
+            ("data", "data", str),
+            ("scan_modelled_us", "scan µs", _fixed(1)),
+            ("after_scan_modelled_us", "after it µs", _fixed(1)),
+            ("largest_term", "most of it", str),
+            ("share_of_scan", "% of scan", lambda share: f"{100 * share:.0f}"),
+        ],
+        3,
+        f"Model, not a measurement; open tokens as counted in {COUNTS.name}.",
+    ),
+    (
+        "modelled traffic of a training step's statistics, on an H100",
+        [
+            ("shape", "shape", str),
+            ("size", "H×N×K×D", str),
+            ("read_modelled_us", "x once µs", _fixed(1)),
+            ("atomics_modelled_us", "atomics µs", _fixed(1)),
+            ("atomics_launches", "launches", str),
+            ("ordered_modelled_us", "ordered µs", _fixed(1)),
+            ("ordered_launches", "launches", str),
+            ("chosen", "chosen", str),
+            ("largest_term", "most of it", str),
+            ("ema_modelled_us", "EMA µs", _fixed(1)),
+            ("reads_of_x", "times x once", _fixed(1)),
+        ],
+        2,
+        "",
+    ),
+]
 
 
 if __name__ == "__main__":

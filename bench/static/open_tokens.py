@@ -39,7 +39,7 @@ from fastvq.testing.machine import versions
 from fastvq_kernels.configs import TOKEN_TILE
 from fastvq_kernels.search import bounds
 from fastvq_kernels.search import scan as scan_module
-from fastvq_kernels.search.decide import Hard, decide
+from fastvq_kernels.search.decide import Exhaustive, decide
 from fastvq_kernels.search.open_tokens import CANDIDATES
 from fastvq_kernels.search.pack_codes import PackedCodebook, pack_codebook
 from fastvq_kernels.search.pack_tokens import PackedTokens, pack_tokens
@@ -67,32 +67,31 @@ def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
     Returns:
         ``by_scan`` tokens proved by the bounds of the scan alone, ``by_two`` by the fp32 values of their two best
         codes, ``open`` for the second scan, which has ``again`` ranges to scan for them, counted for each token. Of
-        these, ``hard`` have more ``candidates`` than there is room for; the others have that many together. Over all
-        hard tokens: ``walked_bins`` that `settle` walks through and ``single_bins`` of which it evaluates one code. A
-        token has ``bins`` in all, in ``ranges``.
+        these, ``exhaustive`` have more ``candidates`` than there is room for; the others have that many together. The
+        exhaustive tokens walk through ``walked_bins`` in all, and evaluate one code in ``single_bins``. A token has
+        ``bins`` in all, in ``ranges``.
     """
     packed = pack_codebook(codebook, metric, sm_90_config(x.shape[1]))
     tokens = pack_tokens(x[None], packed)
     with patch.object(scan_module, "splits", lambda *_: ranges):
         bins = scan_module.scan(tokens, len(x), packed)
-    indices, left = refine(x[None], packed, tokens, bins)
-    # Of a code of infinite length every fp32 value is uncertain without limit: what is proved all the same, the
-    # bounds of the scan prove. They do not contain this length.
+    indices, open_list = refine(x[None], packed, tokens, bins)
+    # Codes of infinite length have no fp32 bounds, so only the bounds of the scan, which do not use the length, prove.
     blind, _ = refine(x[None], replace(packed, length=torch.full_like(packed.length, torch.inf)), tokens, bins)
     by_scan, proved = int((blind >= 0).sum()), int((indices >= 0).sum())
-    hard = decide(x[None], packed, left, rescan(packed, tokens, bins, left), indices)
-    walked, single = _bins_of_hard(packed, tokens, bins, hard)
-    at, cut = left.tokens[0, : int(left.count)], left.factors[0, : int(left.count), 2]
-    again = _reaching(bins.rest, at, cut).any(2) & (cut < torch.inf)[:, None]
-    found = left.found[0, : int(left.count)]
+    listed = decide(x[None], packed, open_list, rescan(packed, tokens, bins, open_list), indices)
+    walked, single = _bins_walked(packed, tokens, bins, listed)
+    at, threshold = open_list.tokens[0, : int(open_list.count)], open_list.factors[0, : int(open_list.count), 2]
+    again = _reaching(bins.rest, at, threshold).any(2) & (threshold < torch.inf)[:, None]
+    found = open_list.found[0, : int(open_list.count)]
     return {
         "tokens": len(x),
         "by_scan": by_scan,
         "by_two": proved - by_scan,
-        "open": int(left.count),
+        "open": int(open_list.count),
         "again": int(again.sum()),
         "candidates": int(found[found <= CANDIDATES].sum()),
-        "hard": int(hard.count),
+        "exhaustive": int(listed.count),
         "ranges": bins.ranges,
         "bins": bins.per_token,
         "walked_bins": walked,
@@ -100,22 +99,22 @@ def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
     }
 
 
-def _bins_of_hard(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Hard) -> tuple[int, int]:
-    """Bins of the hard tokens that `settle_kernel` walks through, and those of which one code reaches its line."""
-    at = left.tokens[: int(left.count)]
-    line = left.line[: int(left.count)]
+def _bins_walked(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, walked: Exhaustive) -> tuple[int, int]:
+    """Bins that `exhaustive_kernel` walks through, and bins with one code that reaches the threshold of its token."""
+    at = walked.tokens[: int(walked.count)]
+    known = walked.known[: int(walked.count)]
     scale, norm = tokens.scale[0, at // TOKEN_TILE], tokens.norm[0, at]
     c = scale / packed.scale
     c_mean = c * packed.mean_sq
     eta = 2 * bounds.ORACLE * norm**2 / c if packed.metric == "euclidean" else 0.0
-    cut = line + c_mean - (line.abs() + c_mean) * (bounds.UP - 1.0) - eta  # `below` of the refinement
-    walk = _reaching(bins.rest, at, cut)
-    return int(walk.sum()), int((_reaching(bins.best, at, cut) & ~walk).sum())
+    threshold = known + c_mean - (known.abs() + c_mean) * (bounds.UP - 1.0) - eta  # `below` of the refinement
+    walk = _reaching(bins.rest, at, threshold)
+    return int(walk.sum()), int((_reaching(bins.best, at, threshold) & ~walk).sum())
 
 
-def _reaching(values: Tensor, at: Tensor, cut: Tensor) -> Tensor:
-    """Bins [n, S, LANES] of the tokens ``at [n]`` whose value reaches ``cut [n]``: all where it is not above zero."""
-    return ~(values[0, at] < torch.where(cut > 0.0, cut, -torch.inf)[:, None, None])
+def _reaching(values: Tensor, at: Tensor, threshold: Tensor) -> Tensor:
+    """Bins [n, S, LANES] of tokens ``at [n]`` whose value reaches ``threshold [n]``: all if that is not above zero."""
+    return ~(values[0, at] < torch.where(threshold > 0.0, threshold, -torch.inf)[:, None, None])
 
 
 def photo_data(problem: Problem, tokens: int) -> tuple[Tensor, Tensor]:
@@ -164,14 +163,14 @@ def _drawn(problem: Problem, kind: str) -> tuple[Tensor, Tensor]:
 
 def table_cells(row: Row) -> list[str]:
     """Name, K×D, data and the shares in percent; then candidates per open token that is not hard."""
-    shares = [f"{100 * row[kind] / row['tokens']:.2f}" for kind in ("by_scan", "by_two", "open", "hard")]
-    few = row["open"] - row["hard"]
+    shares = [f"{100 * row[kind] / row['tokens']:.2f}" for kind in ("by_scan", "by_two", "open", "exhaustive")]
+    few = row["open"] - row["exhaustive"]
     candidates = f"{row['candidates'] / few:.1f}" if few else "-"
     metric = " cosine" if row["metric"] == "cosine" else ""
     return [row["name"], f"{row['codes']}×{row['dim']}{metric}", row["data"], str(row["tokens"]), *shares, candidates]
 
 
-_HEADINGS = ("shape", "K×D", "data", "tokens", "% by the scan", "% by two codes", "% open", "% hard", "candidates")
+_HEADINGS = ("shape", "K×D", "data", "tokens", "% scan", "% two codes", "% open", "% exhaustive", "candidates")
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -1,10 +1,10 @@
-"""Modelled cost, on an H100, of what follows the scan: refinement, the second scan and the last decisions.
+"""Modelled cost, on an H100, of the steps after the scan: refinement, second scan, decision and exhaustive walk.
 
-The second scan as the first, by instructions and matrix products of its tiles of open tokens, or by its reading of the
-codes where that takes longer; it scans the ranges that some token of the tile needs. Both scans wait for the
-multiprocessors that have most to do. All else by memory traffic alone: each operand at the rate of L2 if all of it fits
-there and of device memory if not. Nothing overlaps. How many tokens need what comes from
-`bench/results/open_tokens.json`. Left out: launches, the latency of dependent loads, what L1 saves.
+The second scan costs the instructions and matrix products of its tiles of open tokens, or its reading of the codes
+where that takes longer; a tile scans the ranges that one of its tokens needs. Both scans wait for the busiest
+multiprocessor. The other steps cost memory traffic alone: an operand moves at the rate of L2 if it fits there, else of
+device memory. Nothing overlaps. `bench/results/open_tokens.json` has the number of tokens of each step. Left out:
+launches, the latency of dependent loads, hits in L1.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], costs: Mappi
     half = 2 * width  # bytes of one fp16 part of it
     n_open = tokens * counts["open"] / counts["tokens"]
     n_two = tokens * counts["by_two"] / counts["tokens"] + n_open
-    n_hard = tokens * counts["hard"] / counts["tokens"]
+    n_exhaustive = tokens * counts["exhaustive"] / counts["tokens"]
     candidates = tokens * counts["candidates"] / counts["tokens"]
-    walked = problem.codes * counts["walked_bins"] / max(1, counts["hard"] * counts["bins"])  # codes per hard token
+    walked = problem.codes * counts["walked_bins"] / max(1, counts["exhaustive"] * counts["bins"])  # codes per token
     of_bins, of_x, of_codes = (
         operand_rate(tokens * bins),
         operand_rate(tokens * row),
@@ -106,7 +106,7 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], costs: Mappi
     read = scanned * rows_read * parts * half / L2_RATE
     multiplied = modelled_time(tiles.block_m, block_n, depth, costs[block_n]).seconds * scanned
     return {
-        "bins": (tokens + SHARES * n_hard) * bins / of_bins,
+        "bins": (tokens + SHARES * n_exhaustive) * bins / of_bins,
         # norm in, G_k of the best code in, index out
         "norm, G, index": tokens * (4 + SECTOR + 8) / L2_RATE,
         "two codes": n_two * (row / of_x + 2 * (row + 2 * SECTOR) / of_codes),
@@ -114,7 +114,7 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], costs: Mappi
         "second scan": max(read, multiplied * waiting(scanned)),
         "candidates": n_open * (row / of_x + SECTOR / L2_RATE) + candidates * (row + SECTOR) / of_codes,
         # A winner nearly always has one rival; both again in float64.
-        "walk": n_hard * (row / of_x + (walked * (row + _SCALARS) + 2 * (row + SECTOR)) / of_codes),
+        "walk": n_exhaustive * (row / of_x + (walked * (row + _SCALARS) + 2 * (row + SECTOR)) / of_codes),
     }
 
 

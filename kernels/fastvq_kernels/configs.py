@@ -2,11 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
-import torch
-import triton
-
+from . import launch
 from .launch import cdiv, next_power_of_2
 
 # Tokens that share one scale and one residual bound; every scan tile lies inside one such tile.
@@ -17,21 +14,6 @@ CODE_TILE = 64
 # columns the maxima decide, not the products. One product would leave a third of the tokens open at D 4 and K 8192.
 SPLIT_D = 10
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-
-
-# Without it the assembler spills a few registers to make room for one program more on each SM.
-ALL_REGISTERS = {"maxnreg": 255}
-
-
-def all_registers(device: torch.device) -> dict[str, int]:
-    """The compiler option that lets a thread have as many registers as there are; only CUDA knows it."""
-    return ALL_REGISTERS if device.type == "cuda" and not torch.version.hip else {}
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has, asked once; 1 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @dataclass(frozen=True)
@@ -65,19 +47,9 @@ def column_chunk(d: int, most: int = 32) -> int:
     return min(max(8, next_power_of_2(d)), most)
 
 
-def current_target() -> str:
-    """The entry for this machine; the interpreter and unknown devices use that of sm_80."""
-    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
-        return "sm_80"
-    if torch.version.hip:
-        return "gfx942"
-    major = torch.cuda.get_device_capability()[0]
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-
-
 def scan_config(width: int, target: str | None = None) -> ScanConfig:
     """The default for a padded width. Two stages everywhere: a second program per SM hides more than a third stage."""
-    target = target or current_target()
+    target = target or launch.current_target()
     block_d = width if width in (16, 32, 64, 128, 256) else 64
     if target == "sm_90":
         if width <= 256:
@@ -126,7 +98,7 @@ def rescan_config(width: int, target: str | None = None) -> RescanConfig:
 
     Larger tiles than these spill, around the code that names candidates.
     """
-    target = target or current_target()
+    target = target or launch.current_target()
     if target == "sm_90":
         if 128 < width <= 256:
             # Both parts of the tokens fill most of shared memory. Loaded again with every step, they would be two

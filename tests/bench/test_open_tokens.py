@@ -10,7 +10,7 @@ from bench.gpu.problems import MODELS, PUBLISHED, Problem
 from bench.static import open_tokens
 from bench.static.open_tokens import count
 from bench.static.refine_model import COUNTS, ranges_on_gpu, same_counts, sm_90_config
-from fastvq.backends.choose import interpreting
+from fastvq.backends.triton import interpreting
 from fastvq_kernels.search.pack_codes import pack_codebook
 from fastvq_kernels.search.pipeline import certified_search
 
@@ -28,7 +28,7 @@ def test_the_counts_are_those_of_the_search(metric):
     assert row["by_scan"] + row["by_two"] + row["open"] == row["tokens"] == 100
     assert row["open"] == int(n_open) > 0
     assert row["open"] <= row["candidates"] <= 5 * row["open"]
-    assert row["hard"] == row["walked_bins"] == 0
+    assert row["exhaustive"] == row["walked_bins"] == 0
 
 
 @interpreted
@@ -47,9 +47,9 @@ def test_two_close_codes_in_different_bins_are_told_apart_in_float32():
 
 
 @interpreted
-def test_with_equal_codes_every_token_is_hard_and_every_bin_is_walked():
+def test_with_equal_codes_every_token_is_exhaustive_and_every_bin_is_walked():
     row = count(torch.randn(20, 16), torch.randn(1, 16).repeat(512, 1), "euclidean", ranges=2)
-    assert (row["open"], row["hard"], row["candidates"]) == (20, 20, 0)
+    assert (row["open"], row["exhaustive"], row["candidates"]) == (20, 20, 0)
     assert (row["bins"], row["walked_bins"], row["single_bins"]) == (8, 20 * 8, 0)
 
 

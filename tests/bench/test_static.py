@@ -18,7 +18,7 @@ KERNELS = {
     "refine_kernel",
     "rescan_kernel",
     "decide_kernel",
-    "settle_kernel",
+    "exhaustive_kernel",
     "merge_kernel",
     "code_norms_kernel",
     "accumulate_kernel",
@@ -110,8 +110,8 @@ def test_what_follows_the_scan_is_small_beside_it(rows):
         assert row["share_of_scan"] <= (0.15 if row["codes"] >= 4096 else 0.40), row
 
 
-def test_settling_equal_codes_is_near_a_plain_float64_scan(rows):
+def test_walking_equal_codes_is_near_a_plain_float64_scan(rows):
     """Every token open and every bin walked, modelled: codes that repeat the best value are not asked for bounds."""
-    ratios = {row["D"]: row["ratio_overlapped"] for row in rows if row["kernel"] == "settle worst-case model"}
+    ratios = {row["D"]: row["ratio_overlapped"] for row in rows if row["kernel"] == "exhaustive worst-case model"}
     assert set(ratios) == {8, 64, 256, 1024}
     assert all(ratio <= 1.3 for ratio in ratios.values())

@@ -46,7 +46,7 @@ def test_sizes_strides_and_offsets_never_compile_again(launches, family):
     expected, *others = launches[family].items()
     kernels = {kernel for kernel, _ in expected[1]}
     assert {"pack_codes_kernel", "pack_tokens_kernel", "scan_kernel", "refine_kernel", "rescan_kernel"} < kernels
-    assert {"decide_kernel", "settle_kernel", "accumulate_kernel", "sum_runs_kernel", "ema_kernel"} < kernels
+    assert {"decide_kernel", "exhaustive_kernel", "accumulate_kernel", "sum_runs_kernel", "ema_kernel"} < kernels
     for name, found in others:
         for kernel in found:
             assert kernel in expected[1], f"{name} compiles {kernel[0]} again, after {expected[0]}"
@@ -86,41 +86,27 @@ def problems(dim, dtype):
 
 
 def record(families):
-    """What :func:`launches` returns, found by a stand-in for the launch."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime import jit
-
-    from fastvq_kernels.configs import packed_width, scan_config
+    """What :func:`launches` returns."""
+    from bench.static.launches import recording
     from fastvq_kernels.search.pack_codes import pack_codebook
     from fastvq_kernels.search.pipeline import certified_search
     from fastvq_kernels.update.accumulate import code_statistics
     from fastvq_kernels.update.ema import ema_step
 
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    found = []
-
-    def run(kernel, *args, grid, warmup, **kwargs):
-        binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
-        _, specialisation, options = binder(*args, **kwargs)
-        found.append([kernel.fn.__name__, f"{specialisation} {options}"])
-
-    jit.JITFunction.run = run
     for dim, dtype, metric, target in families:
-        config = scan_config(packed_width(dim), target)
         launched = {}
         for name, x, codebook in problems(dim, getattr(torch, dtype)):
-            found.clear()
-            certified_search(x if x.dim() == 3 else x[None], pack_codebook(codebook, metric, config))
-            tokens = x.reshape(-1, dim)
-            buffer = torch.zeros(len(tokens) + 1, dtype=torch.int64)
-            indices, n_codes = buffer[1:] if "offset" in name else buffer[:-1], codebook.shape[-2]
-            code_statistics(tokens, indices, n_codes, False)
-            _, sums = code_statistics(tokens, indices, n_codes, True)
-            state = torch.zeros(n_codes, dim), torch.zeros(n_codes), torch.zeros(n_codes, dim)
-            counts_and_sums = torch.zeros(n_codes, 1 + dim).split([1, dim], 1)
-            ema_step(*state, counts_and_sums[0][:, 0], counts_and_sums[1], sums, torch.tensor(True), decay=0.99)
-            launched[name] = list(found)
+            with recording(target) as found:
+                certified_search(x if x.dim() == 3 else x[None], pack_codebook(codebook, metric))
+                tokens = x.reshape(-1, dim)
+                buffer = torch.zeros(len(tokens) + 1, dtype=torch.int64)
+                indices, n_codes = buffer[1:] if "offset" in name else buffer[:-1], codebook.shape[-2]
+                code_statistics(tokens, indices, n_codes, False)
+                _, sums = code_statistics(tokens, indices, n_codes, True)
+                state = torch.zeros(n_codes, dim), torch.zeros(n_codes), torch.zeros(n_codes, dim)
+                counts, moved = torch.zeros(n_codes, 1 + dim).split([1, dim], 1)
+                ema_step(*state, counts[:, 0], moved, sums, torch.tensor(True), 0.99, 1.0, None, False, 1e-7)
+            launched[name] = [[each.name, f"{vars(each.source)} {each.options}"] for each in found]
         yield launched
 
 

@@ -76,7 +76,7 @@ def test_fresh_memory_holds_what_would_show():
 def check_search(x, codebook, metric="euclidean"):
     with checked_memory() as kernels:
         indices = search.nearest_code(x, codebook, metric)
-    assert {"pack_codes_kernel", "scan_kernel", "refine_kernel", "rescan_kernel", "settle_kernel"} <= set(kernels)
+    assert {"pack_codes_kernel", "scan_kernel", "refine_kernel", "rescan_kernel", "exhaustive_kernel"} <= set(kernels)
     assert torch.equal(indices.reshape(-1), torch.cat(
         [reference.nearest_code(tokens, codes, metric) for tokens, codes in zip(
             x.view(-1, *x.shape[-2:]), codebook.view(-1, *codebook.shape[-2:]), strict=True)]
@@ -98,7 +98,7 @@ def test_search_in_heads_of_every_dtype(dtype):
     check_search(torch.randn(3, 40, 16).to(dtype), torch.randn(3, 100, 16).to(dtype))
 
 
-def test_search_of_tokens_that_are_settled_at_length():
+def test_search_of_exhaustive_tokens():
     check_search(torch.randn(9, 4), torch.randn(3, 4).repeat(40, 1))
 
 
@@ -127,6 +127,6 @@ def test_ema_step(k, d, restarts):
     state = torch.randn(k, d), torch.rand(k), torch.randn(k, d)
     rows = torch.randn(k, d) if restarts else None
     with checked_memory() as kernels:
-        ema.ema_step(*state, torch.ones(k), torch.randn(k, d), rows, decay=0.99)
+        ema.ema_step(*state, torch.ones(k), torch.randn(k, d), rows, None, 0.99, 1.0, None, False, 1e-7)
     assert kernels
     assert all(torch.isfinite(tensor).all() for tensor in state)

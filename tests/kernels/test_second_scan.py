@@ -22,7 +22,7 @@ METRICS = ("euclidean", "cosine", "dot")
 
 @pytest.fixture(params=["sm_80", "sm_90"])
 def search(kernel_device, monkeypatch, request):
-    """Indices after the second scan, -1 where a token is left to `settle`, the open list, and how many are left.
+    """Indices after the second scan, -1 for an exhaustive token; the open list; the number of exhaustive tokens.
 
     With the tiles of a chip on which all are of one size, and of one with smaller ones for few tokens.
     """
@@ -35,9 +35,9 @@ def search(kernel_device, monkeypatch, request):
         packed = change(pack_codebook(codebook, metric))
         tokens = pack_tokens(x, packed)
         bins = scan(tokens, x.shape[1], packed)
-        indices, left = refine(x, packed, tokens, bins)
-        candidates = rescan(packed, tokens, bins, left)
-        return indices, left, candidates, int(decide(x, packed, left, candidates, indices).count)
+        indices, open_list = refine(x, packed, tokens, bins)
+        candidates = rescan(packed, tokens, bins, open_list)
+        return indices, open_list, candidates, int(decide(x, packed, open_list, candidates, indices).count)
 
     return steps
 
@@ -49,40 +49,40 @@ def close_codes(groups, members, d, distance):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("d", [3, 12, 64, 200])
-def test_close_codes_are_decided_without_settling(search, metric, d):
+def test_close_codes_are_decided_without_the_exhaustive_walk(search, metric, d):
     codebook = close_codes(40, 6, d, 1e-4)
     x = codebook[None, :40] + 1e-3 * torch.randn(1, 40, d)
-    indices, left, _, hard = search(x, codebook, metric)
-    assert int(left.count) > 10
-    assert hard == 0
+    indices, open_list, _, exhaustive = search(x, codebook, metric)
+    assert int(open_list.count) > 10
+    assert exhaustive == 0
     assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook, metric))
 
 
 def test_candidates_hold_the_nearest_code_and_few_others(search):
     codebook = close_codes(60, 4, 32, 1e-4)
     x = codebook[None, :60] + 1e-3 * torch.randn(1, 60, 32)
-    _, left, candidates, _ = search(x, codebook)
+    _, open_list, candidates, _ = search(x, codebook)
     nearest = reference.nearest_code(x[0], codebook)
-    for i in range(int(left.count)):
-        token, found = int(left.tokens[0, i]), int(left.found[0, i])
+    for i in range(int(open_list.count)):
+        token, found = int(open_list.tokens[0, i]), int(open_list.found[0, i])
         named = candidates[0, i, :found].tolist()
         assert int(nearest[token]) in named
         assert {code % 60 for code in named} == {int(nearest[token]) % 60}
         assert len(set(named)) == found <= 4
 
 
-def test_more_equal_codes_than_there_is_room_for_are_left(search):
+def test_tokens_with_more_equal_codes_than_there_is_room_for_are_exhaustive(search):
     codebook = torch.randn(10, 16).repeat(CANDIDATES + 1, 1)
-    indices, left, _, hard = search(torch.randn(1, 20, 16), codebook)
-    assert hard == int(left.count) == 20
+    indices, open_list, _, exhaustive = search(torch.randn(1, 20, 16), codebook)
+    assert exhaustive == int(open_list.count) == 20
     assert (indices == -1).all()
 
 
 def test_as_many_equal_codes_as_there_is_room_for_are_decided(search):
     codebook = torch.randn(10, 16).repeat(CANDIDATES, 1)
     x = torch.randn(1, 20, 16)
-    indices, left, _, hard = search(x, codebook)
-    assert (int(left.count), hard) == (20, 0)
+    indices, open_list, _, exhaustive = search(x, codebook)
+    assert (int(open_list.count), exhaustive) == (20, 0)
     assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
     assert indices.max() < 10
 
@@ -90,10 +90,10 @@ def test_as_many_equal_codes_as_there_is_room_for_are_decided(search):
 def test_heads_have_lists_of_their_own(search):
     codebook = torch.stack([close_codes(20, 5, 24, 1e-4), torch.randn(100, 24), close_codes(10, 10, 24, 1e-4)])
     x = codebook[:, :40] + 1e-3 * torch.randn(3, 40, 24)
-    indices, left, _, hard = search(x, codebook)
-    first, second, third = left.count.tolist()
+    indices, open_list, _, exhaustive = search(x, codebook)
+    first, second, third = open_list.count.tolist()
     assert min(first, third) > 10 > second
-    assert hard == 0
+    assert exhaustive == 0
     for head in range(3):
         assert torch.equal(indices[head].cpu(), reference.nearest_code(x[head], codebook[head]))
 
@@ -113,11 +113,11 @@ def test_ranges_where_only_the_best_codes_of_bins_can_win_are_not_scanned_again(
     def without_second_scan(packed):
         return replace(packed, fine=torch.full_like(packed.fine, torch.nan))
 
-    indices, left, _, hard = search(x, codebook, change=without_second_scan)
-    assert int(left.count) == 20
-    assert hard == 0
+    indices, open_list, _, exhaustive = search(x, codebook, change=without_second_scan)
+    assert int(open_list.count) == 20
+    assert exhaustive == 0
     assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
-    assert (left.found[0, :20] == 4).all()
+    assert (open_list.found[0, :20] == 4).all()
 
 
 def test_codes_of_one_bin_are_found_where_other_ranges_are_not_scanned(search, eight_ranges):
@@ -126,10 +126,10 @@ def test_codes_of_one_bin_are_found_where_other_ranges_are_not_scanned(search, e
     near = [130, 260, 388, 516, 520, 521, 640, 769]
     codebook[near] = close + 1e-4 * torch.randn(8, 32)
     x = close[None] + 1e-3 * torch.randn(1, 1, 32)
-    indices, left, candidates, hard = search(x, codebook)
-    assert (int(left.count), hard) == (1, 0)
+    indices, open_list, candidates, exhaustive = search(x, codebook)
+    assert (int(open_list.count), exhaustive) == (1, 0)
     assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
-    named = candidates[0, 0, : int(left.found[0, 0])].tolist()
+    named = candidates[0, 0, : int(open_list.found[0, 0])].tolist()
     assert sorted(named) == near
 
 
@@ -138,9 +138,9 @@ def test_open_tokens_of_many_tiles_in_few_or_many_ranges(search, monkeypatch, ra
     monkeypatch.setattr("fastvq_kernels.search.scan.splits", lambda *_: ranges)
     codebook = close_codes(170, 6, 16, 1e-4)
     x = codebook[None, :170].repeat(1, 2, 1) + 1e-3 * torch.randn(1, 340, 16)
-    indices, left, _, hard = search(x, codebook)
-    assert int(left.count) > 256
-    assert hard == 0
+    indices, open_list, _, exhaustive = search(x, codebook)
+    assert int(open_list.count) > 256
+    assert exhaustive == 0
     assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
 
 
@@ -150,8 +150,8 @@ def test_few_open_tokens_and_codes_are_scanned_in_small_tiles(search, n_open, gr
     """Two tiles of up to 64 tokens and a few of 64 codes: fewer, and not fewer, than the four programs."""
     codebook = close_codes(groups, 4, 20, 1e-4)
     x = codebook[None, torch.arange(n_open) % groups] + 1e-3 * torch.randn(1, n_open, 20)
-    indices, left, _, hard = search(x, codebook)
-    assert (int(left.count), hard) == (n_open, 0)
+    indices, open_list, _, exhaustive = search(x, codebook)
+    assert (int(open_list.count), exhaustive) == (n_open, 0)
     assert torch.equal(indices[0].cpu(), reference.nearest_code(x[0], codebook))
 
 
@@ -164,15 +164,15 @@ def test_bound_is_above_every_score_even_if_all_sums_err_at_most_downwards(kerne
     x, codebook = x.to(kernel_device), codebook.to(kernel_device)
     packed = pack_codebook(codebook)
     tokens = pack_tokens(x, packed)
-    _, left = refine(x, packed, tokens, scan(tokens, 50, packed))
-    at = left.tokens[0, : int(left.count)]
+    _, open_list = refine(x, packed, tokens, scan(tokens, 50, packed))
+    at = open_list.tokens[0, : int(open_list.count)]
     assert len(at) > 5
-    c, w, _ = left.factors[0, : len(at)].double().unbind(1)
+    c, w, _ = open_list.factors[0, : len(at)].double().unbind(1)
     k, width = len(codebook), packed.half.shape[2]
     half, parts = packed.half[0, :k].double(), tokens.rows[0, at].double()
     product = parts @ half.T
     if not packed.split:
-        low = left.low[0, : len(at)].double()
+        low = open_list.low[0, : len(at)].double()
         product += low @ half.T + parts @ packed.low[0, :k].double().T
     lengths = tokens.norm[0, at].double()[:, None] * packed.length[0].double()
     product -= bounds.fine_accumulation(width) * lengths

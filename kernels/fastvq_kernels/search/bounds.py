@@ -45,8 +45,8 @@ with it. There `e' = e^ + e2 + rest` and `x' = x^ + x2 + rest`, and per chunk of
 is summed first, then `x^.e^` on top of it: the small products truncate at their own magnitude, and `A` counts one
 chunk only. Chunks and the bias are added in fp32, `2^-24` each of `X n_k`, of the bias and of the slack. The bound is
 `U_k` with these smaller constants, the residuals of the split, and `r`, `X` of the token itself instead of its tile.
-Of a bin whose second-largest bound of the first scan is below the line, no code but the best can win: a range of such
-bins is not scanned again, and their best codes that reach the line are candidates.
+Where the second-largest bound of a bin in the first scan is below the threshold, only the best code of the bin can
+win: a range of such bins is not scanned again, and their best codes that reach the threshold are candidates.
 
 **Refinement.** Codes are evaluated in fp32 from the given values, in chunks of BD columns that
 are added elementwise and then reduced. Every product passes at most `D/BD + BD` additions, its two factors carry a
@@ -63,7 +63,7 @@ bound.
 
 **Range.** All bounds are float32; whatever overflows becomes +inf, proves nothing, and goes to the float64 scan.
 Underflow of scaled values adds at most `TINY`, far below one fp16 unit of the scaled data. Coordinates fill fp16 unless
-the codes are equal in float32; a code of `n_k >= LONGEST` is outside the range. So no line exceeds
+the codes are equal in float32; a code of `n_k >= LONGEST` is outside the range. So no threshold exceeds
 `X LONGEST <= 2^47`, and in the second scan `c FLT_MAX >= 2^-80 FLT_MAX` stands for the bound of a code outside.
 """
 
@@ -71,7 +71,7 @@ import math
 
 import triton.language as tl
 
-# For kernels to name; the numbers below reach them as arguments, since they depend on D or are left out by some.
+# Constants that kernels name; the numbers below reach kernels as arguments, since they depend on D.
 ROUNDED = tl.constexpr(2.0**-22)  # shift, factors and cast round a value before its residual is measured
 LEFT_OUT = tl.constexpr(2.0**-10)  # of |e2|: x2.e2, which the three products leave out
 HALF_LIMIT = tl.constexpr(65000.0)  # below the largest fp16

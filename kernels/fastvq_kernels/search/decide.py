@@ -1,4 +1,4 @@
-"""The candidates that the second scan named, in float64: the index of every token that has few enough of them."""
+"""The winner among at most 32 candidates of the second scan, in float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import all_registers, multiprocessors
-from ..launch import cdiv
+from ..launch import all_registers, cdiv, multiprocessors
 from .exact import NO_CODE, exact_value
 from .open_tokens import CANDIDATES, Open
 from .pack_codes import PackedCodebook
@@ -20,15 +19,15 @@ TOKENS = 4  # per program and step: one pair for each thread
 
 @triton.jit(do_not_specialize=["N", "K", "width"])
 def decide_kernel(
-    tokens, codes, norms, counts, open_tokens, open_line, found, candidates,
-    indices, hard_tokens, hard_line,
+    tokens, codes, norms, counts, open_tokens, open_known, found, candidates,
+    indices, exhaustive_tokens, exhaustive_known,
     N, K, width,
     BT: tl.constexpr, CANDIDATES: tl.constexpr, METRIC: tl.constexpr,
 ):  # fmt: skip
     """Each program walks over blocks of BT open tokens of one head, with the stride of the grid.
 
     Writes the lowest index of the best candidate in float64, or, for a token with more candidates than there is room
-    for, appends it with its line to the list of the hard ones.
+    for, appends it with its best known score to the list for the exhaustive walk.
     """
     i_h = tl.program_id(1).to(tl.int64)
     n_open = tl.load(counts + 1 + i_h)
@@ -47,21 +46,21 @@ def decide_kernel(
         b_low = tl.min(b_value, axis=1)
         b_best = tl.min(tl.where(m_c & (b_value == b_low[:, None]), b_k, NO_CODE), axis=1)
         tl.store(indices + b_t, b_best, mask=few)
-        b_hard = (m_i & (~few)).to(tl.int32)
-        n_hard = tl.sum(b_hard, axis=0)
-        if n_hard > 0:
-            o_list = tl.atomic_add(counts, n_hard, sem="relaxed") + tl.cumsum(b_hard, axis=0) - 1
-            tl.store(hard_tokens + o_list, b_t, mask=b_hard > 0)
-            b_line = tl.load(open_line + o_i, mask=b_hard > 0, other=0.0)
-            tl.store(hard_line + o_list, b_line, mask=b_hard > 0)
+        b_exhaustive = (m_i & (~few)).to(tl.int32)
+        n_exhaustive = tl.sum(b_exhaustive, axis=0)
+        if n_exhaustive > 0:
+            o_list = tl.atomic_add(counts, n_exhaustive, sem="relaxed") + tl.cumsum(b_exhaustive, axis=0) - 1
+            tl.store(exhaustive_tokens + o_list, b_t, mask=b_exhaustive > 0)
+            b_known = tl.load(open_known + o_i, mask=b_exhaustive > 0, other=0.0)
+            tl.store(exhaustive_known + o_list, b_known, mask=b_exhaustive > 0)
 
 
 @dataclass(frozen=True)
-class Hard:
-    """Tokens for the last word: numbers over all heads [H N] int64, lines [H N] fp32; counts[0] says how many."""
+class Exhaustive:
+    """Tokens for the exhaustive walk: numbers over all heads [H N] int64, best scores known [H N] fp32; counts[0]."""
 
     tokens: Tensor
-    line: Tensor
+    known: Tensor
     counts: Tensor
 
     @property
@@ -70,19 +69,19 @@ class Hard:
         return self.counts[:1]
 
 
-def decide(x: Tensor, packed: PackedCodebook, left: Open, candidates: Tensor, indices: Tensor) -> Hard:
+def decide(x: Tensor, packed: PackedCodebook, open_list: Open, candidates: Tensor, indices: Tensor) -> Exhaustive:
     """Complete indices [H, N] in place for the open tokens with few candidates, and list the others."""
     H, N, D = x.shape
-    hard = Hard(
+    walked = Exhaustive(
         torch.empty(H * N, dtype=torch.int64, device=x.device),
         torch.empty(H * N, dtype=torch.float32, device=x.device),
-        left.counts,
+        open_list.counts,
     )
     decide_kernel[(min(cdiv(8 * multiprocessors(x.device), H), cdiv(N, TOKENS)), H)](
-        x, packed.codes, packed.norms, left.counts, left.tokens, left.line, left.found, candidates,
-        indices, hard.tokens, hard.line,
+        x, packed.codes, packed.norms, open_list.counts, open_list.tokens, open_list.known, open_list.found, candidates,
+        indices, walked.tokens, walked.known,
         N, packed.codes.shape[1], D,
         BT=TOKENS, CANDIDATES=CANDIDATES, METRIC=packed.metric, enable_fp_fusion=False,
-        **all_registers(x.device),
+        **all_registers(),
     )  # fmt: skip
-    return hard
+    return walked

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-# Above every index: what a minimum over no codes gives.
+# Above every index: the minimum over no codes.
 NO_CODE = tl.constexpr(1 << 60)
 
 
 @triton.jit
 def exact_value(p_x, p_e, p_norm, m_e, D, METRIC: tl.constexpr):
-    """What the nearest code minimises, float64, for codes at p_e (any shape, tokens at p_x broadcast to it).
+    """The value that the nearest code minimises, float64, for codes at p_e (any shape; p_x broadcasts to it).
 
-    Summed over ascending j, every operation rounded (compile without fusion). Values where m_e is False mean nothing.
+    Sums run over ascending j, each operation rounded (compile without fusion). Where m_e is False they are arbitrary.
     """
     b_value = tl.zeros(p_e.shape, tl.float64)
     for j in range(D):

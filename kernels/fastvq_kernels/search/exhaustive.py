@@ -1,13 +1,14 @@
-"""The last word for tokens of too many candidates: the bins that can hold the winner again, in float64 where needed."""
+"""Fallback for tokens with more than 32 candidates: visit every bin that can hold the winner, float64 where needed."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import TOKEN_TILE, all_registers, column_chunk, multiprocessors
+from ..configs import TOKEN_TILE, column_chunk
+from ..launch import all_registers, multiprocessors
 from . import bounds
-from .decide import Hard
+from .decide import Exhaustive
 from .exact import NO_CODE, exact_value
 from .pack_codes import PackedCodebook
 from .pack_tokens import PackedTokens
@@ -15,8 +16,7 @@ from .powers import ratio
 from .refine import below, code_bounds
 from .scan import Bins, code_at
 
-# The first LEAD of these tokens are shared out in SHARES parts each: few of them would otherwise be settled by as
-# many programs on an idle device.
+# The first LEAD of these tokens are cut into SHARES each: few tokens would otherwise leave the device idle.
 LEAD = 4096
 SHARES = 8
 # Codes evaluated at a time.
@@ -42,9 +42,9 @@ def exact_best(
 
 
 @triton.jit(do_not_specialize=["N", "K", "S", "steps", "all_steps"])
-def settle_kernel(
+def exhaustive_kernel(
     tokens, codes, inverse, norms, shift, code_scale, tile_scale, norm, half_sq, length, mean_sq,
-    best_bounds, rest_bounds, winners_of_bins, indices, hard_tokens, hard_line, counts, values, winners,
+    best_bounds, rest_bounds, winners_of_bins, indices, exhaustive_tokens, exhaustive_known, counts, values, winners,
     N, N_pad, K, width, S, steps, all_steps,
     LEAD: tl.constexpr, SHARES: tl.constexpr, METRIC: tl.constexpr,
     D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
@@ -54,23 +54,22 @@ def settle_kernel(
     """Each program walks over the work with the stride of the grid: one token, or one share of it.
 
     Writes the index, or for the first LEAD tokens the value and code of each share (values, winners [LEAD, SHARES]).
-    The count is read here, on the device. A bin whose codes but one are below the line has that one evaluated in
-    float64. Where more reach it the bin is walked through, and BK codes are evaluated in float64 only if the fp32 bound
-    of one of them reaches the best lower bound so far, first the one the refinement left; a token or code outside the
-    range of fp32 has an infinite bound and always is. After codes that hold the best value, which equal codes repeat,
-    the next are not asked for bounds.
+    The number of tokens is read here, on the device. A bin with one code that reaches the threshold has that code
+    evaluated in float64. A bin with more is walked through: BK codes are evaluated in float64 if the fp32 bound of one
+    of them reaches the best lower bound known, at first that of the refinement. A token or code outside the range of
+    fp32 has an infinite bound. After codes that repeat the best value, as equal codes do, the next BK skip the bounds.
     """
     SHIFT: tl.constexpr = METRIC == "euclidean"
     UNIT: tl.constexpr = METRIC == "cosine"
     MEMBERS: tl.constexpr = BN // LANES  # codes of a bin in one step
     o_lane = tl.arange(0, LANES)
-    n_hard = tl.load(counts)
-    n_lead = tl.minimum(n_hard, LEAD)
-    for work in range(tl.program_id(0), n_hard + n_lead * (SHARES - 1), tl.num_programs(0)):
+    n_exhaustive = tl.load(counts)
+    n_lead = tl.minimum(n_exhaustive, LEAD)
+    for work in range(tl.program_id(0), n_exhaustive + n_lead * (SHARES - 1), tl.num_programs(0)):
         shared = work < n_lead * SHARES
         i = tl.where(shared, work // SHARES, work - n_lead * (SHARES - 1))
         stride = tl.where(shared, SHARES, 1)
-        token = tl.load(hard_tokens + i)
+        token = tl.load(exhaustive_tokens + i)
         i_h = token // N
         o_t = token % N + tl.arange(0, 1)  # [1]
         m_t = o_t < N
@@ -82,18 +81,18 @@ def settle_kernel(
         b_X = tl.load(norm + i_h * N_pad + o_t)
         b_eta = ORACLE * b_X * b_X / b_c if SHIFT else b_X * 0.0
         eta = tl.sum(b_eta, axis=0)
-        line = tl.load(hard_line + i)
-        cut = tl.sum(below(line + tl.zeros([1], tl.float32), b_cM, b_eta, UP), axis=0)
+        known = tl.load(exhaustive_known + i)
+        threshold = tl.sum(below(known + tl.zeros([1], tl.float32), b_cM, b_eta, UP), axis=0)
         # Below zero int32 order is not float order: then every bin is walked.
-        cut = tl.where(cut > 0.0, cut, float("-inf"))
+        threshold = tl.where(threshold > 0.0, threshold, float("-inf"))
         if not CERTIFIED:
-            cut = tl.full([], float("-inf"), tl.float32)
+            threshold = tl.full([], float("-inf"), tl.float32)
         best = tl.full([], float("inf"), tl.float64)
         code = tl.full([], -1, tl.int64)
         for s in range(S):
             o_bin = ((i_h * N_pad + token % N) * S + s) * LANES + o_lane
-            b_walk = ~(tl.load(rest_bounds + o_bin) < cut)  # [LANES]; NaN counts as reaching
-            b_one = (~(tl.load(best_bounds + o_bin) < cut)) & (~b_walk)
+            b_walk = ~(tl.load(rest_bounds + o_bin) < threshold)  # [LANES]; NaN counts as reaching
+            b_one = (~(tl.load(best_bounds + o_bin) < threshold)) & (~b_walk)
             b_k = tl.load(winners_of_bins + o_bin).to(tl.int64)
             if tl.max(b_one.to(tl.int32), axis=0) > 0:
                 best, code, _ = exact_best(
@@ -124,8 +123,8 @@ def settle_kernel(
                             D, 1, BK, BD, SHIFT, WIDE_X, WIDE_E, UNIT, E, UNIT_ERROR,
                         )  # fmt: skip
                         high = tl.max(tl.max(b_high, axis=1), axis=0)
-                        evaluate = (~(high + tl.abs(high) * (UP - 1.0) + eta < line)).to(tl.int32)
-                        line = tl.maximum(line, tl.max(tl.max(b_low, axis=1), axis=0))
+                        evaluate = (~(high + tl.abs(high) * (UP - 1.0) + eta < known)).to(tl.int32)
+                        known = tl.maximum(known, tl.max(tl.max(b_low, axis=1), axis=0))
                     if evaluate > 0:
                         best, code, low = exact_best(
                             p_x, codes + i_h * K * D, norms + i_h * K, half_sq + i_h * K, o_k, o_k < K,
@@ -138,7 +137,7 @@ def settle_kernel(
 
 
 @triton.jit
-def merge_kernel(indices, hard_tokens, counts, values, winners, LEAD: tl.constexpr, SHARES: tl.constexpr):
+def merge_kernel(indices, exhaustive_tokens, counts, values, winners, LEAD: tl.constexpr, SHARES: tl.constexpr):
     """Write the index of every shared token: the smallest value, of equal ones the lowest code."""
     o_s = tl.arange(0, SHARES)
     n_lead = tl.minimum(tl.load(counts), LEAD)
@@ -148,33 +147,33 @@ def merge_kernel(indices, hard_tokens, counts, values, winners, LEAD: tl.constex
         b_code = tl.where(b_code < 0, NO_CODE, b_code)
         low = tl.min(tl.where(b_code < NO_CODE, b_value, float("inf")), axis=0)
         code = tl.min(tl.where(b_value == low, b_code, NO_CODE), axis=0)
-        tl.store(indices + tl.load(hard_tokens + i), tl.where(code < NO_CODE, code, -1))
+        tl.store(indices + tl.load(exhaustive_tokens + i), tl.where(code < NO_CODE, code, -1))
 
 
-def settle(
-    x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins: Bins, hard: Hard, indices: Tensor
+def exhaustive(
+    x: Tensor, packed: PackedCodebook, tokens: PackedTokens, bins: Bins, walked: Exhaustive, indices: Tensor
 ) -> None:
-    """Complete indices [H, N] in place for the hard tokens."""
+    """Complete indices [H, N] in place for the tokens that `decide` listed."""
     H, N, D = x.shape
     codes, config = packed.codes, packed.config
     programs = 8 * multiprocessors(x.device)
     lead = min(LEAD, H * N)
     values = torch.empty(lead, SHARES, dtype=torch.float64, device=x.device)
     winners = torch.empty(lead, SHARES, dtype=torch.int64, device=x.device)
-    settle_kernel[(programs,)](
-        x, codes, packed.inverse, packed.norms, packed.shift, packed.scale, packed_tokens.scale,
-        packed_tokens.norm, packed.half_sq,
+    exhaustive_kernel[(programs,)](
+        x, codes, packed.inverse, packed.norms, packed.shift, packed.scale, tokens.scale,
+        tokens.norm, packed.half_sq,
         packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,
-        indices, hard.tokens, hard.line, hard.counts, values, winners,
-        N, packed_tokens.norm.shape[1], codes.shape[1], D, bins.ranges, bins.steps,
+        indices, walked.tokens, walked.known, walked.counts, values, winners,
+        N, tokens.norm.shape[1], codes.shape[1], D, bins.ranges, bins.steps,
         packed.half.shape[1] // config.block_n,
         LEAD=LEAD, SHARES=SHARES, METRIC=packed.metric,
         D=D, BK=BLOCK_K, BD=column_chunk(D), BN=config.block_n, LANES=config.lanes,
         TILE=TOKEN_TILE, WIDE_X=x.dtype == torch.float64, WIDE_E=codes.dtype == torch.float64,
         CERTIFIED=D <= bounds.MAX_CERTIFIED_D, E=bounds.refinement(D, 32) * bounds.UP,
         UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0, ORACLE=2 * bounds.ORACLE, UP=bounds.UP,
-        enable_fp_fusion=False, **all_registers(x.device),
+        enable_fp_fusion=False, **all_registers(),
     )  # fmt: skip
     merge_kernel[(min(programs, lead),)](
-        indices, hard.tokens, hard.counts, values, winners, LEAD=LEAD, SHARES=SHARES, num_warps=1
+        indices, walked.tokens, walked.counts, values, winners, LEAD=LEAD, SHARES=SHARES, num_warps=1
     )

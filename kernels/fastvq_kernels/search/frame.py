@@ -12,7 +12,7 @@ from ..launch import cdiv
 from . import bounds
 from .powers import exp2_exact, power_of_two
 
-# Codes are measured by at most this many programs per chunk of columns; the last kernel reads what each of them found.
+# Programs per chunk of columns that measure codes, at most; the next kernel reads one result of each.
 MOST_PARTS = 128
 
 
@@ -33,9 +33,9 @@ def measure_columns_kernel(
 ):  # fmt: skip
     """One program measures BD columns of every parts-th block of BK codes of one head.
 
-    Writes number, sum, root of the sum of squares, smallest and largest of the finite values, and what was subtracted
-    from them first, in fp32 (measured [H, parts, 6, D]). For euclidean distances that is the first code: squares then
-    tell how values far from 0 spread. For the others, whose M is 0, it is 0 and so are the squares.
+    Writes number, sum, root of the sum of squares, minimum and maximum of the finite values, and the value that was
+    subtracted first, in fp32 (measured [H, parts, 6, D]). For euclidean distances that value is the first code, so that
+    squares tell how values far from 0 spread. For the other metrics, whose M is 0, it is 0, and so are the squares.
     """
     i_p, i_h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -55,7 +55,7 @@ def measure_columns_kernel(
         b_e = b_e.to(tl.float32)  # [BK, BD]
         if EUCLIDEAN:
             b_e -= b_first[None, :]
-        # Not b_e - b_e == 0, of which the compiler would make the rounding error of the product e g.
+        # The compiler would turn b_e - b_e == 0 into a test of the rounding error of the product e g.
         finite = m_e & (tl.abs(b_e) < float("inf"))
         b_number += tl.sum(finite.to(tl.float32), axis=0)
         b_sum += tl.sum(tl.where(finite, b_e, 0.0), axis=0)
@@ -78,7 +78,7 @@ def frame_kernel(
     parts,
     D: tl.constexpr, ROOT_D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """One program turns what was measured of one head into m [D], 2^b, an upper bound of 2^b |m|, and M."""
+    """One program turns the measurements of one head into m [D], 2^b, an upper bound of 2^b |m|, and M."""
     i_h = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, PARTS)
     b_largest = tl.zeros([BD], tl.float32)
@@ -95,7 +95,7 @@ def frame_kernel(
         b_low = tl.min(tl.load(p_measured + 3 * D, mask=m_p, other=float("inf")), axis=0)
         b_high = tl.max(tl.load(p_measured + 4 * D, mask=m_p, other=float("-inf")), axis=0)
         b_first = tl.load(measured + (i_h * parts * 6 + 5) * D + o_d, mask=m_d, other=0.0)
-        # A sum that overflows is no help: any finite shift is valid.
+        # Any finite shift is valid where the sum overflows.
         b_mean = tl.where(tl.abs(b_first + b_mean) < float("inf"), b_mean, -b_first)
         b_span = tl.maximum(tl.maximum(b_high - b_mean, b_mean - b_low), 0.0)  # max_k |g e - m|
         b_squares = tl.sum(b_root * b_root, axis=0) / b_number - b_mean.to(tl.float64) * b_mean.to(tl.float64)

@@ -1,4 +1,4 @@
-"""The tokens that the first scan and its refinement leave open, as the second scan reads them."""
+"""The open list: tokens without a proved winner after the refinement, as the second scan reads them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from .bounds import ROUNDED
 from .pack_tokens import PackedTokens, load_shifted
 
-# Codes that the second scan may name per token: hardly a patch of a photograph has more.
+# Room for candidates per token; patches of photographs, the hardest data known, rarely have more.
 CANDIDATES = 32
 
 
 @triton.jit
 def store_open(
-    tokens, rows, shift, low, factors, found, i_h, o_t, o_list, m_open, b_scale, b_c, b_X, b_cut,
+    tokens, rows, shift, low, factors, found, i_h, o_t, o_list, m_open, b_scale, b_c, b_X, b_threshold,
     N, N_pad,
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CANDIDATES: tl.constexpr,
     SHIFT: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
     INFLATE: tl.constexpr, A: tl.constexpr, LAMBDA: tl.constexpr, TINY: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Write x2 of x' = x^ + x2 + rest, and c, w and the line, of the tokens o_t [BT] in m_open to rows o_list."""
+    """Write x2 of x' = x^ + x2 + rest, and c, w and the threshold, of tokens o_t [BT] in m_open to rows o_list."""
     b_res = tl.zeros([BT], tl.float32)
     p_x = tokens + (i_h * N + o_t)[:, None] * D
     p_half = rows + (i_h * N_pad + o_t)[:, None] * DP
@@ -44,13 +44,13 @@ def store_open(
         b_res += tl.sum(b_r * b_r, axis=1)
     b_rho = tl.sqrt(b_res) * INFLATE + b_X * ROUNDED + TINY
     b_w = tl.maximum(b_rho + A * b_X, (1.0 + A) * b_X / LAMBDA) * (1.0 + A) * UP
-    # Nothing is known about a token without a line: every code is a candidate, more than there is room for.
-    lined = b_cut > float("-inf")
+    # A token without a threshold has every code as a candidate, more than there is room for.
+    known = b_threshold > float("-inf")
     p_factor = factors + (i_h * N + o_list) * 3
     tl.store(p_factor, b_c, mask=m_open)
-    tl.store(p_factor + 1, tl.where(lined, b_w, 0.0), mask=m_open)
-    tl.store(p_factor + 2, tl.where(lined, b_cut, float("inf")), mask=m_open)
-    tl.store(found + i_h * N + o_list, tl.where(lined, 0, CANDIDATES + 1), mask=m_open)
+    tl.store(p_factor + 1, tl.where(known, b_w, 0.0), mask=m_open)
+    tl.store(p_factor + 2, tl.where(known, b_threshold, float("inf")), mask=m_open)
+    tl.store(found + i_h * N + o_list, tl.where(known, 0, CANDIDATES + 1), mask=m_open)
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class Open:
 
     counts   [1 + H]     int32: how many of each head, after a place for what `decide` counts
     tokens   [H, N]      int64: number of the token in its head
-    line     [H, N]      fp32: best lower bound of a score
+    known    [H, N]      fp32: best lower bound of a score
     low      [H, N, DP]  fp16: x2; empty where the packed rows hold the split
-    factors  [H, N, 3]   fp32: c, w, and what the bound of the second scan has to reach (inf: no code is to be named)
-    found    [H, N]      int32: candidates that the second scan has met
+    factors  [H, N, 3]   fp32: c, w, and the threshold of the second scan (inf: names no code)
+    found    [H, N]      int32: number of candidates of the second scan
     """
 
     counts: Tensor
     tokens: Tensor
-    line: Tensor
+    known: Tensor
     low: Tensor
     factors: Tensor
     found: Tensor
@@ -89,7 +89,7 @@ def no_open(n: int, tokens: PackedTokens, split: bool) -> Open:
     return Open(
         counts=torch.zeros(1 + H, dtype=torch.int32, device=device),
         tokens=empty(H, n, dtype=torch.int64),
-        line=empty(H, n, dtype=torch.float32),
+        known=empty(H, n, dtype=torch.float32),
         low=empty(H, 0 if split else n, DP, dtype=torch.float16),
         factors=empty(H, n, 3, dtype=torch.float32),
         found=empty(H, n, dtype=torch.int32),

@@ -1,4 +1,4 @@
-"""The codebook in the packed frame: what is done once per step, K D work, so that the scan does none of it."""
+"""The codebook in the packed frame: K D work once per step, so that the scan does none of it."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import CODE_TILE, SPLIT_D, ScanConfig, packed_width, scan_config
-from ..launch import cdiv
-from ..launch_dense import dense
+from ..launch import cdiv, dense
 from . import bounds
 from .bounds import HALF_LIMIT, LARGEST, LEFT_OUT, ROUNDED
 from .frame import frame, unit_or_given
@@ -129,7 +128,7 @@ def pack_codes_kernel(
     m_bias = o_k < K_bias
     tl.store(bias + p_bias, tl.where(inside, b_B, b_fixed), mask=m_bias)
     tl.store(bias + p_bias + 1, tl.where(inside, b_G, 0.0), mask=m_bias)
-    # In the second scan a large number does, which may meet an infinite line.
+    # The second scan takes a large number instead, which may meet an infinite threshold.
     tl.store(fine + p_bias, tl.where(inside, b_B_fine, tl.minimum(b_fixed, LARGEST)), mask=m_bias)
     tl.store(fine + p_bias + 1, tl.where(inside, b_G_fine, 0.0), mask=m_bias)
     b_h = tl.where(b_finite == 1, tl.where(inside, b_h, LARGEST), float("inf"))

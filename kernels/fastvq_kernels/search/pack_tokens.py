@@ -42,8 +42,8 @@ def pack_tokens_kernel(
     """One program packs one tile of BT tokens of one head.
 
     Writes x^ [BT, DP] (zeros beyond D and N; with SPLIT the columns are x1, x2, x1 of x = x1 + x2), X per token
-    (NaN: not finite; inf: outside the range, left to settle), and per tile the scale 2^a and the weight w
-    of the codes' slack.
+    (NaN: not finite; inf: outside the range, left to the exhaustive walk), and per tile the scale
+    2^a and the weight w of the codes' slack.
     """
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -60,7 +60,7 @@ def pack_tokens_kernel(
         b_finite = tl.minimum(b_finite, tl.min((tl.abs(b_x) < float("inf")).to(tl.int32), axis=1))
         b_y = load_shifted(p_x, p_shift, o_c % D, m_t, o_c < D, WIDE, SHIFT).to(tl.float32)
         b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_y), axis=1))
-    # A token that overflows fp32 must not flatten its neighbours: it is left out of the scale.
+    # A token that overflows fp32 must not flatten its neighbours: the scale ignores it.
     b_inside = (b_finite == 1) & (b_largest < float("inf"))
     b_b = ((tl.load(code_scale + i_h).to(tl.int32, bitcast=True) >> 23) & 255) - 127
     # c = 2^(a-b) must stay a normal number, and so must 2^a.

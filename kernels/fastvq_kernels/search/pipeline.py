@@ -1,12 +1,12 @@
-"""The certified search: pack, scan, refine, rescan, decide, settle, without a host synchronisation in between."""
+"""The certified search: pack, scan, refine, rescan, decide, exhaustive, without a host synchronisation in between."""
 
 from collections.abc import Callable
 
 from torch import Tensor, int64
 
-from ..launch_dense import dense
+from ..launch import dense
 from .decide import decide
-from .exhaustive import settle
+from .exhaustive import exhaustive
 from .pack_codes import PackedCodebook, pack_codebook
 from .pack_tokens import pack_tokens
 from .refine import refine
@@ -23,7 +23,7 @@ def nearest_code(
         x: tokens ``[N, D]`` or ``[H, N, D]``, any floating dtype.
         codebook: codes ``[K, D]`` or ``[H, K, D]``, any floating dtype.
         metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
-        pack: `pack_codebook`, or what remembers its result.
+        pack: `pack_codebook`, or a cache of its result.
 
     Returns:
         int64 ``[N]`` or ``[H, N]``; -1 for a token with a NaN or an infinity. A code with one is never chosen.
@@ -35,11 +35,11 @@ def nearest_code(
 
 
 def certified_search(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor]:
-    """Indices ``[H, N]`` int64 of ``x [H, N, D]``, and how many tokens the first scan left open, ``[H]`` int32."""
+    """Indices ``[H, N]`` int64 of ``x [H, N, D]``, and how many tokens the first scan open_list open, ``[H]`` int32."""
     x = dense(x)
     tokens = pack_tokens(x, packed)
     bins = scan(tokens, x.shape[1], packed)
-    indices, left = refine(x, packed, tokens, bins)
-    hard = decide(x, packed, left, rescan(packed, tokens, bins, left), indices)
-    settle(x, packed, tokens, bins, hard, indices)
-    return indices, left.count
+    indices, open_list = refine(x, packed, tokens, bins)
+    walked = decide(x, packed, open_list, rescan(packed, tokens, bins, open_list), indices)
+    exhaustive(x, packed, tokens, bins, walked, indices)
+    return indices, open_list.count

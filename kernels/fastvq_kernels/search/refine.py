@@ -1,12 +1,12 @@
-"""The refinement: a proof per token from the scan's bounds, or from the two best codes in fp32, or the open list."""
+"""The refinement: proves a token by the scan's bounds or its two best codes in fp32, or puts it on the open list."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import TOKEN_TILE, all_registers, column_chunk
-from ..launch import cdiv
+from ..configs import TOKEN_TILE, column_chunk
+from ..launch import all_registers, cdiv
 from . import bounds
 from .bounds import IN_RANGE
 from .open_tokens import CANDIDATES, Open, no_open, store_open
@@ -17,7 +17,7 @@ from .scan import Bins
 
 # Per program.
 TOKENS = 32
-# Of a token read at a time: as many as there are, but for few tokens.
+# Bins of a token that are read at a time: all of them, unless tokens are few.
 BINS = 16
 
 
@@ -73,7 +73,7 @@ def take_largest(b_v, b_k, o_bin):
 @triton.jit(do_not_specialize=["N", "K", "n_bins"])
 def refine_kernel(
     tokens, rows, codes, inverse, shift, code_scale, tile_scale, tile_weight, norm, bias, half_sq, length, mean_sq,
-    best, rest, winner, indices, counts, open_tokens, open_line, low, factors, found,
+    best, rest, winner, indices, counts, open_tokens, open_known, low, factors, found,
     N, N_pad, K, K_bias, n_bins,
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
     CANDIDATES: tl.constexpr, SPLIT: tl.constexpr, SHIFT: tl.constexpr,
@@ -84,8 +84,8 @@ def refine_kernel(
 ):  # fmt: skip
     """One program proves or passes on BT tokens of one head.
 
-    Writes the index of a proved token, -1 for a token with NaN or Inf, and appends the rest to the open list. Codes and
-    tokens are read only for the few tokens whose best code is not proved by the bounds alone.
+    Writes the index of a proved token, -1 for a token with NaN or Inf, and appends the others to the open list. Codes
+    and tokens are read only for the few tokens whose best code the bounds alone do not prove.
     """
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -108,7 +108,7 @@ def refine_kernel(
         a2, h2, b_v = take_largest(b_v, b_k, o_bin)
         a3 = tl.maximum(tl.max(b_r, axis=1), tl.max(b_v, axis=1))
         wins = a1 > b_v1
-        # The loser of the two firsts against the second of the winner; what is left goes into the rest.
+        # The loser of the two firsts against the second of the winner; what is open_list goes into the rest.
         x, kx = tl.where(wins, b_v1, a1), tl.where(wins, b_k1, h1)
         y, ky = tl.where(wins, a2, b_v2), tl.where(wins, h2, b_k2)
         b_rest = tl.maximum(tl.maximum(b_rest, a3), tl.maximum(tl.minimum(x, y), tl.where(wins, b_v2, a2)))
@@ -133,9 +133,9 @@ def refine_kernel(
     if SHIFT:
         b_slack += BIAS_ERROR * b_c * (0.5 * b_G * b_G + b_M)
     b_best = b_v1 - b_cM - b_slack - (tl.abs(b_v1) + b_cM) * (UP - 1.0)
-    b_line = below(b_best, b_cM, b_eta, UP)
-    # Below zero int32 order is not float order, so the line itself has to be above.
-    proved = m_in & (b_line > 0.0) & (b_v2 < b_line) & (b_rest < b_line)
+    b_threshold = below(b_best, b_cM, b_eta, UP)
+    # Below zero int32 order is not float order, so the threshold itself has to be above.
+    proved = m_in & (b_threshold > 0.0) & (b_v2 < b_threshold) & (b_rest < b_threshold)
     b_code = b_k1
     m_two = m_in & (~proved)
     if tl.max(m_two.to(tl.int32), axis=0) > 0:
@@ -154,11 +154,11 @@ def refine_kernel(
         wins = low2 > low1
         b_best = tl.where(m_two, tl.maximum(low1, low2), b_best)
         b_other = tl.where(wins, high1, high2)
-        b_line = below(b_best, b_cM, b_eta, UP)
-        settled = m_two & (b_line > 0.0) & (b_rest < b_line)
-        settled &= b_other < b_best - tl.abs(b_best) * (UP - 1.0) - b_eta
+        b_threshold = below(b_best, b_cM, b_eta, UP)
+        by_two = m_two & (b_threshold > 0.0) & (b_rest < b_threshold)
+        by_two &= b_other < b_best - tl.abs(b_best) * (UP - 1.0) - b_eta
         b_code = tl.where(m_two & wins, b_k2, b_code)
-        proved |= settled
+        proved |= by_two
     if not CERTIFIED:
         proved = proved & False
     tl.store(indices + i_h * N + o_t, tl.where(proved, b_code, -1).to(tl.int64), mask=m_t)
@@ -170,29 +170,29 @@ def refine_kernel(
         o_list = tl.atomic_add(counts + 1 + i_h, count, sem="relaxed") + tl.cumsum(b_open, axis=0) - 1
         b_best = tl.where(m_in, b_best, float("-inf"))
         tl.store(open_tokens + i_h * N + o_list, o_t, mask=m_open)
-        tl.store(open_line + i_h * N + o_list, b_best, mask=m_open)
+        tl.store(open_known + i_h * N + o_list, b_best, mask=m_open)
         if CERTIFIED:
-            b_line = tl.where(m_in, below(b_best, b_cM, b_eta, UP), float("-inf"))
+            b_threshold = tl.where(m_in, below(b_best, b_cM, b_eta, UP), float("-inf"))
         else:
-            b_line = tl.full([BT], float("-inf"), tl.float32)
+            b_threshold = tl.full([BT], float("-inf"), tl.float32)
         store_open(
-            tokens, rows, shift, low, factors, found, i_h, o_t, o_list, m_open, b_scale, b_c, b_X, b_line,
+            tokens, rows, shift, low, factors, found, i_h, o_t, o_list, m_open, b_scale, b_c, b_X, b_threshold,
             N, N_pad, D, DP, BT, BD, CANDIDATES, SHIFT, WIDE_X, SPLIT, INFLATE, A_FINE, LAMBDA_FINE, TINY, UP,
         )  # fmt: skip
 
 
 def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins: Bins) -> tuple[Tensor, Open]:
-    """Indices [H, N] int64 where proved, and what is open."""
+    """Indices [H, N] int64 of proved tokens, and the open list."""
     H, N, D = x.shape
     K = packed.codes.shape[1]
     indices = torch.empty(H, N, dtype=torch.int64, device=x.device)
-    left = no_open(N, packed_tokens, packed.split)
+    open_list = no_open(N, packed_tokens, packed.split)
     DP = packed_tokens.rows.shape[2]
     refine_kernel[(cdiv(N, TOKENS), H)](
         x, packed_tokens.rows, packed.codes, packed.inverse, packed.shift, packed.scale,
         packed_tokens.scale, packed_tokens.weight, packed_tokens.norm,
         packed.bias, packed.half_sq, packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,
-        indices, left.counts, left.tokens, left.line, left.low, left.factors, left.found,
+        indices, open_list.counts, open_list.tokens, open_list.known, open_list.low, open_list.factors, open_list.found,
         N, packed_tokens.norm.shape[1], K, packed.bias.shape[1], bins.per_token,
         D=D, DP=DP, BT=TOKENS, BD=column_chunk(D), BINS=BINS, TILE=TOKEN_TILE,
         CANDIDATES=CANDIDATES, SPLIT=packed.split, SHIFT=packed.metric == "euclidean", WIDE_X=x.dtype == torch.float64,
@@ -201,6 +201,6 @@ def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins:
         BIAS_ERROR=4.0 * bounds.bias_error(D, DP) * bounds.UP, E=bounds.refinement(D, 32) * bounds.UP,
         UNIT_ERROR=bounds.UNIT if packed.metric == "cosine" else 0.0,
         INFLATE=bounds.norm_inflation(D), A_FINE=bounds.fine_accumulation(DP), LAMBDA_FINE=bounds.balance(True),
-        TINY=bounds.TINY, ORACLE=2 * bounds.ORACLE, UP=bounds.UP, **all_registers(x.device),
+        TINY=bounds.TINY, ORACLE=2 * bounds.ORACLE, UP=bounds.UP, **all_registers(),
     )  # fmt: skip
-    return indices, left
+    return indices, open_list

@@ -1,4 +1,4 @@
-"""The second scan: open tokens against all codes in two fp16 parts each, naming every code that can still win."""
+"""The second scan: open tokens against all codes, two fp16 parts each; it names every code that may still win."""
 
 # Tuples of tensors grow in loops that the compiler unrolls.
 # mypy: disable-error-code="assignment, misc"
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import all_registers, multiprocessors, rescan_config
-from ..launch import cdiv
+from ..configs import rescan_config
+from ..launch import all_registers, cdiv, multiprocessors
 from . import bounds
 from .open_tokens import CANDIDATES, Open
 from .pack_codes import PackedCodebook
@@ -34,11 +34,11 @@ def rescan_tiles(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
     CANDIDATES: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What one program does of the second scan of n_open tokens, in tiles of BM of them by BN codes.
+    """One program's share of the second scan of n_open tokens, in tiles of BM tokens by BN codes.
 
-    Appends to candidates [H, N, CANDIDATES] every code whose upper bound reaches the token's line and counts them in
-    found, beyond the room as well. Where of no bin of a range more than the best code can reach it, for any token of
-    the tile, the range is not scanned, and the best codes are named.
+    Appends to candidates [H, N, CANDIDATES] every code whose upper bound reaches the token's threshold, and counts all
+    of them in found, beyond the room as well. A range is not scanned where, for every token of the tile, only the best
+    code of each bin can reach the threshold: these codes are named.
     """
     i_h = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(n_open, BM)
@@ -60,10 +60,10 @@ def rescan_tiles(
         p_factor = factors + (i_h * N + o_i) * 3
         b_c = tl.load(p_factor, mask=m_i, other=1.0)
         b_w = tl.load(p_factor + 1, mask=m_i, other=0.0)
-        b_cut = tl.load(p_factor + 2, mask=m_i, other=float("inf"))  # nothing reaches it
-        m_i = b_cut < float("inf")
+        b_threshold = tl.load(p_factor + 2, mask=m_i, other=float("inf"))  # nothing reaches it
+        m_i = b_threshold < float("inf")
         # Below zero int32 order is not float order: then every range is scanned.
-        b_reached = tl.where(b_cut > 0.0, b_cut, float("-inf"))[:, None]
+        b_reached = tl.where(b_threshold > 0.0, b_threshold, float("-inf"))[:, None]
         p_found = found + i_h * N + o_i
         p_candidate = candidates + (i_h * N + o_i) * CANDIDATES
         b_xs, b_x2s = (), ()
@@ -103,7 +103,7 @@ def rescan_tiles(
                         b_e, b_e2 = tl.load(p_e + o_e + d), tl.load(p_e2 + o_e + d)  # [BN, BD]
                         b_u = three_products(b_u, b_x, b_x2, b_e, b_e2, SPLIT)
                 b_B, b_G = tl.load(p_bound), tl.load(p_bound + 1)
-                b_u += b_c[:, None] * b_B[None, :] + b_w[:, None] * b_G[None, :] - b_cut[:, None]
+                b_u += b_c[:, None] * b_B[None, :] + b_w[:, None] * b_G[None, :] - b_threshold[:, None]
                 # As one reduction: of the maxima of rows, the compiler for sm_100 fails. And not as the condition
                 # of the loop below alone, which would keep this loop from being pipelined.
                 if tl.max(b_u) >= 0.0:
@@ -116,7 +116,7 @@ def rescan_tiles(
                         b_slot = tl.atomic_add(p_found, 1, mask=hit, sem="relaxed")
                         has_room = hit & (b_slot < CANDIDATES)
                         tl.store(p_candidate + b_slot, t * BN + b_n, mask=has_room)
-                        b_cut = tl.where(hit & (~has_room), float("inf"), b_cut)
+                        b_threshold = tl.where(hit & (~has_room), float("inf"), b_threshold)
                         b_n = tl.where(has_room, b_n, 0)
                 p_e += BN * D
                 p_e2 += BN * D
@@ -132,8 +132,8 @@ def rescan_kernel(
 ):  # fmt: skip
     """Each program walks over its share of the codes for tiles of BM open tokens, with the stride of the grid.
 
-    How many tokens are open is read here, on the device. Of few, tiles of BN codes would leave programs without work:
-    they are scanned in tiles of FEW_N.
+    The number of open tokens is read here, on the device. Few tokens in tiles of BN codes would leave programs without
+    work: they are scanned in tiles of FEW_N.
     """
     n_open = tl.load(counts + 1 + tl.program_id(1))
     if FEW_N < BN:
@@ -152,23 +152,23 @@ def rescan_kernel(
     )  # fmt: skip
 
 
-def rescan(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, left: Open) -> Tensor:
-    """Candidates [H, N, CANDIDATES] int32 of the open tokens; how many there are is added to left.found."""
+def rescan(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, open_list: Open) -> Tensor:
+    """Candidates [H, N, CANDIDATES] int32 of the open tokens; how many there are is added to open_list.found."""
     H, N_pad, DP = tokens.rows.shape
     config = rescan_config(DP)
-    N = left.tokens.shape[1]
+    N = open_list.tokens.shape[1]
     KP = packed.half.shape[1]
     device = tokens.rows.device
     candidates = torch.empty(H, N, CANDIDATES, dtype=torch.int32, device=device)
     programs = config.programs * multiprocessors(device) if device.type == "cuda" else 2
     rescan_kernel[(cdiv(programs, H), H)](
-        tokens.rows, left.low, packed.half, packed.low, packed.fine, bins.best, bins.rest, bins.winner,
-        left.counts, left.tokens, left.factors, left.found, candidates,
+        tokens.rows, open_list.low, packed.half, packed.low, packed.fine, bins.best, bins.rest, bins.winner,
+        open_list.counts, open_list.tokens, open_list.factors, open_list.found, candidates,
         N, N_pad, packed.codes.shape[1], KP, packed.fine.shape[1],
         bins.ranges, bins.steps * packed.config.block_n // config.block_n, KP // config.block_n,
         D=DP, BD=min(DP, bounds.CHUNK), BM=config.block_m, BN=config.block_n, FEW_N=config.columns[-1],
         LANES=packed.config.lanes, CANDIDATES=CANDIDATES,
         SPLIT=packed.split, RESIDENT=DP <= config.resident, STAGES=config.num_stages,
-        num_warps=config.num_warps, **all_registers(device),
+        num_warps=config.num_warps, **all_registers(),
     )  # fmt: skip
     return candidates

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..configs import CODE_TILE, TOKEN_TILE, multiprocessors
-from ..launch import cdiv
+from ..configs import CODE_TILE, TOKEN_TILE
+from ..launch import cdiv, is_interpreted, multiprocessors
 from .pack_codes import PackedCodebook
 from .pack_tokens import PackedTokens
 from .powers import ratio
@@ -36,8 +36,8 @@ def scan_kernel(
 ):  # fmt: skip
     """One program scans one range of codes for BM tokens of one head.
 
-    A bin is what one thread sees of a token in one range: in every step, ROWS rows of eight codes. Writes for
-    each bin the largest upper bound of a score, the code it belongs to, and the largest of all other codes in
+    A bin is the set of codes that one thread sees of a token in one range: ROWS rows of eight codes in every step.
+    Writes for each bin the largest upper bound of a score, its code, and the largest bound of all other codes in
     the bin (best, winner and rest [H, N_pad, S, LANES]). Never writes anything of size tokens x codes, and masks
     nothing: padding has a bias of -inf.
 
@@ -146,7 +146,7 @@ def scan_kernel(
 
 @dataclass(frozen=True)
 class Bins:
-    """What the scan found out: `ranges` S of `steps` tiles of codes, each in LANES bins per token.
+    """The result of the scan: S `ranges` of `steps` tiles of codes, each in LANES bins per token.
 
     best, rest  [H, N_pad, S, LANES]  fp32: largest upper bound S_k + c M of a bin, and the largest but that one
     winner      [H, N_pad, S, LANES]  int32: the code of the largest
@@ -171,8 +171,8 @@ class Bins:
 def splits(programs: int, steps: int, lanes: int, device: torch.device) -> int:
     """Ranges of codes per token tile.
 
-    Enough programs to fill the device, and with at least 4 steps each to fill it twice. And 16 bins, from 16 steps
-    each: where the two best codes of a token share a bin, the second is not known.
+    Enough programs to fill the device, and with at least 4 steps each to fill it twice. At least 16 bins of 16 steps:
+    where the two best codes of a token share a bin, the second is unknown.
     """
     if device.type != "cuda":
         return min(2, steps)  # the interpreter takes the same path
@@ -182,7 +182,7 @@ def splits(programs: int, steps: int, lanes: int, device: torch.device) -> int:
 
 
 def scan(tokens: PackedTokens, n: int, packed: PackedCodebook) -> Bins:
-    """Bins of the first n tokens of each head; what lies beyond their tiles stays unwritten."""
+    """Bins of the first n tokens of each head; the rest stays unwritten."""
     config = packed.config
     H, N_pad, DP = tokens.rows.shape
     KP = packed.half.shape[1]
@@ -203,7 +203,7 @@ def scan(tokens: PackedTokens, n: int, packed: PackedCodebook) -> Bins:
         rows, codes, packed.bias, tokens.scale, tokens.weight, packed.scale, best, rest, winner,
         N_pad, KP, per_split,
         D=DP, BD=BD, BM=BM, BN=BN, LANES=config.lanes, TILE=TOKEN_TILE,
-        INT_MAX=config.int_max, ASM=config.int_max and tokens.rows.is_cuda, TMA=config.tma,
+        INT_MAX=config.int_max, ASM=config.int_max and not is_interpreted(), TMA=config.tma,
         RESIDENT=config.resident, BIAS_FIRST=config.bias_first, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     return Bins(best, rest, winner, per_split)

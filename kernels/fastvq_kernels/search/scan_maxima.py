@@ -38,8 +38,7 @@ def rows_of(u, BM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
 def max3(a, b, c, ASM: tl.constexpr):
     """The largest of three, one instruction on sm_90: the assembler joins two integer maxima that stand together.
 
-    Left to itself it joins as many as its schedule allows, from half to nine tenths of them, and every
-    change elsewhere in the kernel moves that.
+    Its schedule alone joins between half and nine tenths of them, and every change elsewhere moves the share.
     """
     if ASM:
         return tl.inline_asm_elementwise(

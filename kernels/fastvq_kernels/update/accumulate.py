@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import ACCUMULATE, atomics_would_queue
-from ..launch import cdiv
-from ..launch_dense import dense
+from ..launch import cdiv, dense
 from .ordered import ordered_statistics
 
 
@@ -27,8 +26,8 @@ def accumulate_kernel(
 ):
     """One program adds BD dimensions of BN tokens to the rows of their codes, by float32 atomics.
 
-    Tokens with an index outside [0, K) are left out. The programs of the first block of dimensions count, in integers.
-    The order of the float32 additions differs from run to run, and the atomics take subnormal sums for zero.
+    Tokens with an index outside [0, K) are ignored. The programs of the first block of dimensions count, in integers.
+    The order of the float32 additions differs from run to run, and atomics flush subnormal sums to zero.
     Where D is a multiple of 4, four columns are one instruction from sm_90 on.
     """
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
@@ -49,9 +48,9 @@ def code_statistics(
 
     Args:
         x: tokens ``[N, D]``, any floating dtype; added in float32.
-        indices: int64 ``[N]``; what is outside ``[0, K)`` is left out.
+        indices: int64 ``[N]``; indices outside ``[0, K)`` are ignored.
         n_codes: K.
-        deterministic: True adds in a fixed order, False by atomics; None takes what the sizes make faster.
+        deterministic: True adds in a fixed order, False by atomics; None takes the faster way for the sizes.
     """
     x, indices = dense(x.float() if x.dtype == torch.float64 else x), dense(indices)
     if deterministic is None:

@@ -7,8 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import EMA
-from ..launch import cdiv
-from ..launch_dense import dense
+from ..launch import cdiv, dense
 
 
 @triton.jit(do_not_specialize=["K"])

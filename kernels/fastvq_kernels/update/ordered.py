@@ -1,10 +1,10 @@
-"""The sums of the tokens of each code in an order that the tokens of that code alone decide, without atomics.
+"""Sums of the tokens of each code without atomics, in an order that the tokens of that code alone decide.
 
-The tokens are sorted by code, stably, so that each code has one stretch of them. A stretch is cut into runs of RUN
-tokens, the last of which takes the rest. A run is added in four chains, token i to chain i mod 4, and the sum of a run
-is (chain 0 + chain 1) + (chain 2 + chain 3). One run is the sum of its code; several are again a stretch of rows to be
-added in the same way, one level up. So a code that wins every token is spread over the machine, a value passes through
-at most RUN / 2 + 2 additions per level, and the sum is the same bits whatever the other codes, the launch or the run.
+A stable sort by code gives each code one stretch of tokens. A stretch is cut into runs of RUN tokens; the last takes
+the rest. A run is added in four chains, token i to chain i mod 4, and its sum is (chain 0 + chain 1) +
+(chain 2 + chain 3). One run is the sum of its code. Several runs are a stretch of rows one level up, added in the same
+way. So a code that wins every token is spread over the machine, a value passes through at most RUN / 2 + 2 additions
+per level, and the sum has the same bits whatever the other codes or the launch.
 
 Row p of level l stands for the sorted position p RUN^l, which makes every place a formula: with first and count of a
 code's tokens, its stretch at that level starts at row ceil(first / RUN^l) and has floor(count / RUN^l) rows, and the
@@ -106,13 +106,13 @@ def ordered_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor
     """Counts ``[K]`` and sums ``[K, D]``, float32, of dense ``x [N, D]`` by dense ``indices [N]`` in ``[0, K)``."""
     n_tokens, dim = x.shape
     key = sort_key(n_codes)
-    # What is no code goes to the ends, which no code's stretch takes in.
+    # Other indices go to both ends, outside the stretches of the codes.
     codes, order = torch.sort(indices.clamp(-1, n_codes).to(key), stable=True)
     starts = torch.searchsorted(codes, torch.arange(n_codes + 1, dtype=key, device=x.device))
     sums = torch.empty(n_codes, dim, dtype=torch.float32, device=x.device)
     block_r, block_d = ORDERED.blocks(dim)
     log_unit, rows, n_above = 0, x, 0
-    # Few tokens need no second level; it runs all the same, so that no later batch has to compile it.
+    # Few tokens need no second level; it runs nevertheless, so that no later batch compiles it.
     while log_unit <= ORDERED.log_run or n_above:
         run = ORDERED.run << log_unit
         n_above = cdiv(n_tokens, run) if n_tokens >= run else 0
