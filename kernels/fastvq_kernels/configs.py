@@ -59,20 +59,15 @@ def scan_config(width: int, target: str | None = None) -> ScanConfig:
             256, block_d=128 if width % 128 == 0 else 64, num_warps=8, resident=False, int_max=True, tma=True
         )
     if target == "sm_100":
-        # Resident rows in several chunks spill: each product waits in tensor memory for its predecessor. There zeros
-        # need no store; a bias would, and the accumulator would go back and forth with every chunk.
+        # Resident rows in several chunks spill: each product waits in tensor memory for its predecessor. Accumulators
+        # that start at zero stay there; a bias would be stored, and move them back and forth with every chunk.
         return ScanConfig(block_d=block_d, resident=block_d == width, bias_first=False, tma=True)
     if target == "gfx942":
         # 64 KiB of shared memory, through which 64 rows of accumulators pass to reach the layout of the maxima.
         return ScanConfig(64, block_d=min(block_d, 128) if width != 256 else 64, resident=width <= 128)
     # mma.m16n8k16 lays 8 warps out as 2 x 4, so 16 threads share a row; 4 warps spill from 128 columns on, and 8
     # with 192 resident columns. Rows of 256 would need 129 KiB, and the smaller chips that take this entry have 99.
-    return ScanConfig(
-        block_d=block_d if width <= 128 else 64,
-        lanes=16,
-        num_warps=8,
-        resident=width <= 128,
-    )
+    return ScanConfig(block_d=block_d if width <= 128 else 64, lanes=16, num_warps=8, resident=width <= 128)
 
 
 @dataclass(frozen=True)
@@ -134,9 +129,9 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class OrderedConfig(TileConfig):
-    """Tile sizes of the sums in a fixed order: of runs of rows, and elements for each of the four chains."""
+    """Tile sizes of the sums in a fixed order: runs of rows, and elements for each of the four chains."""
 
-    log_run: int = 6  # part of the order: 64 rows are short enough to wait for, and their sums few beside the tokens
+    log_run: int = 6  # part of the order: runs of 64 rows are short, and their sums few beside the tokens
 
     @property
     def run(self) -> int:
@@ -150,15 +145,12 @@ EMA = TileConfig(1024)  # elements at a time: a program takes all dimensions of 
 
 # Seconds from one atomic addition to a row to the next, on Hopper.
 HOT_ADD_SECONDS = 4.7e-9
-# What sorting costs more than atomics: some ten launches one after another, and about 60 bytes per token.
+# Extra cost of sorting: about ten launches one after another, and 60 bytes per token.
 SORT_SECONDS, SORT_SECONDS_PER_TOKEN = 30e-6, 2e-11
 
 
 def hottest_share(n_codes: int) -> float:
-    """Share of the tokens that the most used code wins, by Zipf's law: the k-th code wins 1/k of what the first does.
-
-    How tokens fall on codes is known to the device alone. Trained codebooks are more even, young ones less.
-    """
+    """Share of the tokens that the most used code wins, by Zipf's law; trained codebooks are more even, young ones less."""
     return min(1.0, 1 / (math.log(n_codes) + 0.58))
 
 
