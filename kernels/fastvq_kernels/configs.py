@@ -150,7 +150,7 @@ SORT_SECONDS, SORT_SECONDS_PER_TOKEN = 30e-6, 2e-11
 
 
 def hottest_share(n_codes: int) -> float:
-    """Share of the tokens that the most used code wins, by Zipf's law; trained codebooks are more even, young ones less."""
+    """Share of the tokens that the most used code wins, by Zipf's law; training makes codebooks more even."""
     return min(1.0, 1 / (math.log(n_codes) + 0.58))
 
 
