@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from bench.harness.machine import query_gpu
+from bench.harness.outcome import seconds_row
 from bench.harness.problems import dtype_name
-from bench.harness.timing import Clock, seconds_row
+from fastvq.testing.measure import Clock
 
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 

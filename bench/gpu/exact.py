@@ -17,8 +17,8 @@ from bench.gpu.stage import Row, Stage
 from bench.gpu.sweep import variations
 from bench.gpu.workers import Workers
 from bench.harness.problems import Problem, make_inputs
-from fastvq.testing.judge import judge_all
 from fastvq.testing.cases import adversarial_cases
+from fastvq.testing.judge import judge_all
 
 # Terms x_j, e_kj that the oracle evaluates per problem: about a second on one core.
 _ORACLE_TERMS = 5 * 10**8

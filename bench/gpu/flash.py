@@ -15,7 +15,7 @@ from bench.gpu.rows import RIVALS, measure
 from bench.gpu.stage import Stage
 from bench.gpu.workers import Workers
 from bench.harness.problems import Problem, make_inputs
-from bench.harness.timing import Clock
+from fastvq.testing.measure import Clock
 
 
 def flash(stage: Stage) -> None:

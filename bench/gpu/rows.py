@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,22 +16,20 @@ from bench.gpu.kernels import stage_seconds
 from bench.gpu.problems import MODELS, PUBLISHED, published, tiny
 from bench.gpu.stage import Row, Stage
 from bench.gpu.workers import Workers
-from bench.harness.outcome import describe, failure
+from bench.harness.outcome import describe
 from bench.harness.problems import Problem, make_inputs
-from bench.harness.timing import Clock, seconds_row
-from fastvq.testing.measure import peak_extra_memory
+from bench.harness.timed import BATCH_BYTES, fill_times, first_calls
+from fastvq.testing.measure import Clock, peak_extra_memory
 
 _REPEATS = 25
-# Rotated batches take at most this much memory.
-_BATCH_BYTES = 4 << 30
 # Of Gaussian tokens a few in a hundred are; an error bound that has come out infinite leaves all.
 _MOST_OPEN = 0.5
 # Timed in float32, in which they compute.
-_SLOW_CONTENDERS = ("cdist", "seed formula")
+_SLOW_CONTENDERS = ("cdist", "expanded formula")
 _EVERY = {**CONTENDERS, **SPECIAL}
 RIVALS: dict[str, Prepare] = {"fastvq": ours.search_kernels} | {
     name: prepare
-    for name in ("fastvq packed", "product", "flash-kmeans", "cdist", "seed formula")
+    for name in ("fastvq packed", "product", "flash-kmeans", "cdist", "expanded formula")
     if (prepare := _EVERY[name].search) is not None
 }
 
@@ -101,66 +99,58 @@ def measure(
     Args:
         stage: device, deadline and mode.
         clock: of the device.
-        problem: what is searched.
-        contenders: preparations by name; one that raises becomes a row that says so.
+        problem: the search.
+        contenders: preparations by name.
         broken: why fastvq cannot run, if so.
 
     Returns:
-        One row per contender; ``status`` is ``"ok"`` or what :func:`bench.harness.outcome.failure` says, with ``note``.
+        One row per contender; ``status`` is ``"ok"`` or that of :func:`bench.harness.outcome.failure`, with ``note``.
     """
-    buffers = 2 if stage.dry else max(2, min(4, _BATCH_BYTES // (problem.heads * problem.tokens * problem.dim * 4)))
+    buffers = 2 if stage.dry else max(2, min(4, BATCH_BYTES // (problem.heads * problem.tokens * problem.dim * 4)))
     batches, codebook = make_inputs(problem, stage.device, buffers)
-    rows: dict[str, Row] = {}
-    ready: dict[str, Prepared] = {}
-    expected: Tensor | None = None
-    for name, prepare in contenders.items():
-        row = rows[name] = {**problem.describe(), "contender": name, "status": "ok", "note": "", "seconds": None}
-        if broken and name.startswith("fastvq"):
-            row |= {"status": "failed", "note": broken}
-            continue
-        try:
-            contender = prepare(problem, batches, codebook)
-            result = contender.call(0)
-            row["note"] = contender.note
-            if contender.indices is not None:
-                found = contender.indices(result)
-                expected = found if name == "fastvq" else expected
-                row["differs"] = None if expected is None else int((found != expected).sum())
-                if name.startswith("fastvq"):
-                    row |= {"passed": row["differs"] == 0, "result": f"{row['differs']} indices differ"}
-            if name == "fastvq packed" and isinstance(result, tuple):
-                row["open_share"] = share = int(result[1].sum()) / (problem.heads * problem.tokens)
-                if share > _MOST_OPEN:  # indices are right all the same, at the speed of float64
-                    row |= {"passed": False, "result": f"the first scan leaves {share:.0%} of the tokens open"}
-            del result
-            row["peak_extra_bytes"] = peak_extra_memory(lambda call=contender.call: call(1), stage.device)  # type: ignore[misc]
-            ready[name] = contender
-        except Exception as error:  # whatever another library raises belongs into the table
-            row |= failure(error)
-    _fill(stage, clock, problem, rows, ready)
-    return list(rows.values())
+    expected: list[Tensor] = []
 
+    def make(row: Row) -> Prepared:
+        if broken and row["contender"].startswith("fastvq"):
+            raise RuntimeError(broken)
+        return contenders[row["contender"]](problem, batches, codebook)
 
-def _fill(stage: Stage, clock: Clock, problem: Problem, rows: dict[str, Row], ready: dict[str, Prepared]) -> None:
-    """Times, rates and ratios of the contenders that run; the stages of fastvq; clocks."""
-    calls = {name: contender.call for name, contender in ready.items()}
+    def check(row: Row, prepared: Prepared, result: Any) -> None:
+        name = row["contender"]
+        if prepared.indices is not None:
+            found = prepared.indices(result)
+            if name == "fastvq":
+                expected.append(found)
+            row["differs"] = int((found != expected[0]).sum()) if expected else None
+            if name.startswith("fastvq"):
+                row |= {"passed": row["differs"] == 0, "result": f"{row['differs']} indices differ"}
+        if name == "fastvq packed" and isinstance(result, tuple):
+            row["open_share"] = share = int(result[1].sum()) / (problem.heads * problem.tokens)
+            if share > _MOST_OPEN:  # indices are right all the same, at the speed of float64
+                row |= {"passed": False, "result": f"the first scan leaves {share:.0%} of the tokens open"}
+        del result
+        row["peak_extra_bytes"] = peak_extra_memory(lambda: prepared.call(1), stage.device)
+
+    rows: list[Row] = [{**problem.describe(), "contender": name, "seconds": None} for name in contenders]
+    calls = first_calls(rows, make, check)
     before = clocks(stage.device)
-    timings = clock.interleaved(calls, 2 if stage.dry else _REPEATS, stage.deadline)
-    for name, error in clock.errors.items():
-        rows[name] |= error
-    for name, timed in timings.items():
-        rates = {"tflops": problem.flop / timed.median / 1e12, "tera_pairs": problem.pairs / timed.median / 1e12}
-        rows[name] |= {**seconds_row(timed), **rates}
-        for other in ("product", "flash-kmeans"):
-            if other in timings:
-                rows[name][f"times_{other}"] = timed.median / timings[other].median
-    fastvq = calls.get("fastvq")
-    if fastvq is None or "fastvq" not in timings:
-        return
-    calls_for_clocks = max(1, min(200, int(0.2 / timings["fastvq"].median)))
-    under_load = clocks(stage.device, lambda: fastvq(0), 1 if stage.dry else calls_for_clocks)
-    rows["fastvq"] |= {"clocks_before": before, "clocks": under_load}
+    timings = fill_times(rows, calls, clock, 2 if stage.dry else _REPEATS, stage.deadline)
+    for row in rows:
+        if timed := timings.get(row["contender"]):
+            row["tflops"], row["tera_pairs"] = (n / timed.median / 1e12 for n in (problem.flop, problem.pairs))
+            for other in {"product", "flash-kmeans"} & set(timings):
+                row[f"times_{other}"] = timed.median / timings[other].median
+            if row["contender"] == "fastvq":
+                row |= _under_load(stage, lambda: calls["fastvq"](0), timed.median, problem.name)
+                row["clocks_before"] = before
+    return rows
+
+
+def _under_load(stage: Stage, search: Callable[[], object], seconds: float, name: str) -> Row:
+    """Clocks of the device while it searches, and the seconds of each stage of the search."""
+    found: Row = {"clocks": clocks(stage.device, search, 1 if stage.dry else max(1, min(200, int(0.2 / seconds))))}
     try:
-        rows["fastvq"]["stages"] = stage_seconds(lambda: fastvq(0), 1 if stage.dry else 5, stage.device)
+        found["stages"] = stage_seconds(search, 1 if stage.dry else 5, stage.device)
     except Exception as error:  # the profiler is no part of the measurement
-        stage.note(f"{problem.name}: no times of the stages: {describe(error)}")
+        stage.note(f"{name}: no times of the stages: {describe(error)}")
+    return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.stage import Row
-from bench.harness.timing import Clock
+from fastvq.testing.measure import Clock
 from fastvq_kernels.configs import atomics_would_queue
 from fastvq_kernels.update.accumulate import code_statistics
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from bench.report.grid import Grid, as_markdown
 
 _MOST_CHARACTERS = 11_000
 _MOST_FAILURES = 12
@@ -17,17 +14,16 @@ Document = dict[str, Any]
 
 
 def failures(document: Document) -> list[str]:
-    """What was wrong: indices, checks, and stages that did not end; nothing that was merely cut."""
+    """Wrong indices, failed checks, and stages that did not end; stages cut for time are no failures."""
     found = []
     for name, stage in document["stages"].items():
-        rows = [row for row in stage["rows"] if row.get("passed") is False]
-        found += [f"{name}: {_label(row)}: {row.get('result') or row.get('status') or 'wrong'}" for row in rows]
+        wrong = [row for row in stage["rows"] if row.get("passed") is False]
+        found += [f"{name}: {_label(row)}: {row.get('result') or row.get('status') or 'wrong'}" for row in wrong]
         if stage["status"] == "failed":
             reason = stage.get("traceback", "").strip().splitlines()[-1:] or stage["notes"][-1:]
             found.append(f"{name}: the stage failed: {' '.join(reason)}")
-        broken = [
-            row for row in stage["rows"] if row.get("status", "ok") != "ok" and "fastvq" in row.get("contender", "")
-        ]
+        ours = [row for row in stage["rows"] if "fastvq" in row.get("contender", "")]
+        broken = [row for row in ours if row.get("status", "ok") != "ok"]
         found += [f"{name}: {_label(row)}, {row['contender']}: {row['note']}" for row in broken]
     return found
 
@@ -37,22 +33,23 @@ def _label(row: Document) -> str:
 
 
 def summary(document: Document) -> tuple[str, str]:
-    """All sections, and those that fit the end of a log; both end with the verdict."""
-    sections = [_head(document), _failed(document), _checks(document)]
-    sections += [_times(document, name) for name in ("timing", "models")]
-    sections += [_sweep(document), _flash(document), _stage_times(document)]
-    wrong = len(failures(document))
-    verdict = f"RESULT: {f'{wrong} FAILURES, see above' if wrong else 'no failure'}\n"
+    """All sections, and the sections that fit the end of a log; both end with the verdict."""
+    wrong = failures(document)
+    sections = [_head(document), _failed(wrong), _checks(document)]
+    titles = {
+        "timing": "## Medians in ms; rates, ratios and open tokens of the search with packed codes",
+        "models": "## Sizes of models",
+    }
+    sections += [_section(title, _TIMES, _by_problem(_rows(document, name))) for name, title in titles.items()]
+    sections += [_sweep(document), _section("## flash-kmeans at its best configuration, ms", _FLASH, _flash(document))]
+    sections = [section for section in (*sections, _stage_times(document)) if section]
+    verdict = f"RESULT: {f'{len(wrong)} FAILURES, see above' if wrong else 'no failure'}\n"
     kept, room = [], _MOST_CHARACTERS - len(verdict)
-    for section in filter(None, sections):
-        if len(section) < room:
-            kept.append(section)
-            room -= len(section) + 1
-        else:
-            line = f"{section.splitlines()[0]}: does not fit here, see summary.md"
-            kept.append(line)
-            room -= len(line) + 1
-    return "\n".join([*filter(None, sections), verdict]), "\n".join([*kept, verdict])
+    for section in sections:
+        fits = len(section) < room
+        kept.append(section if fits else f"{section.splitlines()[0]}: does not fit here, see summary.md")
+        room -= len(kept[-1]) + 1
+    return "\n".join([*sections, verdict]), "\n".join([*kept, verdict])
 
 
 def _head(document: Document) -> str:
@@ -63,20 +60,16 @@ def _head(document: Document) -> str:
     lines.append(f"commit {head.get('commit', 'unknown')}, sources {head.get('sources', 'unknown')}")
     for row in _rows(document, "device"):
         rate = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['tbps']:.2f} TB/s"
-        lines.append(f"{row['name']}: {rate}, {_clock(row)}".rstrip(", "))
+        clocks = row.get("clocks") or {}
+        clock = f"SM {clocks['clocks.sm']}, {clocks.get('power.draw', '')}" if "clocks.sm" in clocks else ""
+        lines.append(f"{row['name']}: {rate}, {clock}".rstrip(", "))
     for name, stage in document["stages"].items():
         notes = f"; {'; '.join(stage['notes'])[:300]}" if stage["notes"] else ""
         lines.append(f"- {name}: {stage['status']}, {stage.get('seconds', 0):.0f} s, {len(stage['rows'])} rows{notes}")
     return "\n".join(lines) + "\n"
 
 
-def _clock(row: Document) -> str:
-    clocks = row.get("clocks") or {}
-    return f"SM {clocks['clocks.sm']}, {clocks.get('power.draw', '')}" if "clocks.sm" in clocks else ""
-
-
-def _failed(document: Document) -> str:
-    found = failures(document)
+def _failed(found: list[str]) -> str:
     if not found:
         return ""
     more = [f"- ... and {len(found) - _MOST_FAILURES} more"] if len(found) > _MOST_FAILURES else []
@@ -84,16 +77,13 @@ def _failed(document: Document) -> str:
 
 
 def _checks(document: Document) -> str:
-    lines = ["## Checks"]
-    for row in _rows(document, "smoke"):
-        lines.append(f"- {row['name']}: {row['seconds']:.2f} s, {row['wrong']} wrong")
+    lines = [f"- {row['name']}: {row['seconds']:.2f} s, {row['wrong']} wrong" for row in _rows(document, "smoke")]
     judged = [row for row in _rows(document, "exactness") if row.get("passed") is not None]
     triton = [row for row in judged if row.get("backend", "triton").startswith("triton")]
     for name, rows in (("kernels", triton), ("other backends", [row for row in judged if row not in triton])):
         if rows:
-            lines.append(
-                f"- exactness, {name}: {sum(row['passed'] for row in rows)} of {len(rows)} equal to the oracle"
-            )
+            right = sum(row["passed"] for row in rows)
+            lines.append(f"- exactness, {name}: {right} of {len(rows)} equal to the oracle")
     for row in _rows(document, "training"):
         if "fastvq" in row:
             ours, theirs = row["fastvq"], row["reference"]
@@ -103,45 +93,7 @@ def _checks(document: Document) -> str:
         else:
             first = f", first search {row['first_search_seconds']:.1f} s" if "first_search_seconds" in row else ""
             lines.append(f"- {row['name']}: {row['result'][:200]}{first}")
-    return "\n".join(lines) + "\n" if len(lines) > 1 else ""
-
-
-def _times(document: Document, stage: str) -> str:
-    """One line per problem; ratios are fastvq's time over the other's."""
-    columns = ("", "N×K×D", "dtype", "ms", "packed", "TF/s", "Tp/s", "÷product", "÷flash", "flash", "cdist", "formula")
-    table = _table(*columns, "open %", "MB", "host ms")
-    for rows in _by_problem(_rows(document, stage)):
-        full, packed = rows.get("fastvq", {}), rows.get("fastvq packed", {})
-        best = packed if packed.get("seconds") else full
-        others = [_ms(rows.get(name, {}).get("seconds")) for name in ("flash-kmeans", "cdist", "seed formula")]
-        problem = next(iter(rows.values()))
-        table.add_row(
-            problem["name"], problem["size"], _short(problem), _ms(full.get("seconds")), _ms(packed.get("seconds")),
-            _number(best.get("tflops"), 0), _number(best.get("tera_pairs"), 2), _number(best.get("times_product"), 2),
-            _number(best.get("times_flash-kmeans"), 2), *others,
-            _number(None if packed.get("open_share") is None else 100 * packed["open_share"], 3),
-            _mb(full.get("peak_extra_bytes")), _ms(full.get("host_seconds")),
-        )  # fmt: skip
-    title = (
-        "## Medians in ms; rates, ratios and open tokens of the search with packed codes"
-        if stage == "timing"
-        else ("## Sizes of models")
-    )
-    return _section(title, table)
-
-
-def _stage_times(document: Document) -> str:
-    """Microseconds on the device of each kernel of a whole search."""
-    rows = [row for name in ("timing", "models") for row in _rows(document, name) if row.get("stages")]
-    names = list(dict.fromkeys(name for row in rows for name in row["stages"]["seconds"]))
-    table = _table("", "dtype", *names, "launches")
-    for row in rows:
-        seconds = row["stages"]["seconds"]
-        table.add_row(
-            row["name"], _short(row), *(_number(1e6 * seconds[name] if name in seconds else None, 0) for name in names),
-            f"{row['stages']['launches']:.0f}",
-        )  # fmt: skip
-    return _section("## Kernels of a whole search, µs", table)
+    return "\n".join(["## Checks", *lines]) + "\n" if lines else ""
 
 
 def _sweep(document: Document) -> str:
@@ -152,13 +104,10 @@ def _sweep(document: Document) -> str:
         rows = [row for row in every if row["width"] == width]
         ran = [row for row in rows if row.get("relative") and row["status"] == "ok"]
         default = next((row for row in ran if not row["change"]), {})
-        count = f"{len(ran)} of {len(rows)} ran"
         times = f"{_ms(default.get('seconds'))} ms, scan {_ms(default.get('scan_seconds'))}"
-        lines.append(f"- width {width}: default {times}; {count}")
-        best = (
-            sorted(ran, key=lambda row: row["relative"])[:2]
-            + sorted(ran, key=lambda row: row["scan_relative"] or 9)[:1]
-        )
+        lines.append(f"- width {width}: default {times}; {len(ran)} of {len(rows)} ran")
+        best = sorted(ran, key=lambda row: row["relative"])[:2]
+        best += sorted(ran, key=lambda row: row["scan_relative"] or 9)[:1]
         for row in {row["paste"]: row for row in best}.values():
             scan = f", scan {row['scan_relative']:.3f}" if row["scan_relative"] else ""
             spills = f", spills {row['n_spills']}" if row.get("n_spills") else ""
@@ -166,17 +115,18 @@ def _sweep(document: Document) -> str:
     return "\n".join(["## Configurations of the scan", *lines]) + "\n" if lines else ""
 
 
-def _flash(document: Document) -> str:
-    table = _table("", "N×K×D", "fastvq", "packed", "flash", "flash best", "packed ÷ best", "configuration")
-    for rows in _by_problem(_rows(document, "flash")):
-        times = [
-            rows.get(name, {}).get("seconds")
-            for name in ("fastvq", "fastvq packed", "flash-kmeans", "flash-kmeans best")
-        ]
-        ratio = times[1] / times[3] if times[1] and times[3] else None
-        last = list(rows.values())[-1]
-        table.add_row(last["name"], last["size"], *map(_ms, times), _number(ratio, 2), last.get("note", "")[:110])
-    return _section("## flash-kmeans at its best configuration, ms", table)
+def _flash(document: Document) -> list[Document]:
+    return _by_problem(_rows(document, "flash"))
+
+
+def _stage_times(document: Document) -> str:
+    """Microseconds on the device of each kernel of a whole search."""
+    rows = [row for name in ("timing", "models") for row in _rows(document, name) if row.get("stages")]
+    names = dict.fromkeys(name for row in rows for name in row["stages"]["seconds"])
+    columns: dict[str, Callable[[Any], str]] = {"": lambda row: row["name"], "dtype": _short}
+    columns |= {name: lambda row, name=name: _number(_us(row["stages"]["seconds"].get(name)), 0) for name in names}
+    columns["launches"] = lambda row: f"{row['stages']['launches']:.0f}"
+    return _section("## Kernels of a whole search, µs", columns, rows)
 
 
 def _rows(document: Document, stage: str) -> list[Document]:
@@ -185,17 +135,26 @@ def _rows(document: Document, stage: str) -> list[Document]:
 
 
 def _by_problem(rows: Iterable[Document]) -> list[dict[str, Document]]:
+    """The rows of each problem by contender, the first also under ""; without problems that failed as a whole."""
     problems: dict[tuple[str, str, str], dict[str, Document]] = {}
     for row in rows:
-        if "contender" not in row:  # a problem that failed as a whole
-            continue
-        problems.setdefault((row["name"], row["size"], row["dtype"]), {})[row["contender"]] = row
+        if "contender" in row:
+            problems.setdefault((row["name"], row["size"], row["dtype"]), {"": row})[row["contender"]] = row
     return list(problems.values())
+
+
+def _section(title: str, columns: dict[str, Callable[[Any], str]], rows: Iterable[Any]) -> str:
+    lines = [[show(row) for show in columns.values()] for row in rows]
+    return f"{title}\n{as_markdown(Grid('', [], list(columns), lines))}\n" if lines else ""
 
 
 def _short(row: Document) -> str:
     names = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     return names.get(row["dtype"], "other") + ("" if row["metric"] == "euclidean" else f" {row['metric'][:3]}")
+
+
+def _us(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e6 * seconds
 
 
 def _ms(seconds: float | None) -> str:
@@ -208,22 +167,49 @@ def _mb(count: float | None) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     """Fixed digits, fewer for large values; a dash for nothing."""
-    if value is None:
-        return "-"
-    return f"{value:.{max(0, digits - (len(str(int(abs(value)))) - 1))}f}"
+    return "-" if value is None else f"{value:.{max(0, digits - (len(str(int(abs(value)))) - 1))}f}"
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.MARKDOWN, pad_edge=False, padding=0)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
+def _of(name: str, column: str, show: Callable[[Any], str] = _ms) -> Callable[[dict[str, Document]], str]:
+    """A column of the contender ``name``, of the search with packed codes where that ran for "best"."""
+
+    def cell(rows: dict[str, Document]) -> str:
+        best = "fastvq packed" if rows.get("fastvq packed", {}).get("seconds") else "fastvq"
+        return show(rows.get(best if name == "best" else name, {}).get(column))
+
+    return cell
 
 
-def _section(title: str, table: Table) -> str:
-    if not table.row_count:
-        return ""
-    console = Console(file=io.StringIO(), width=400)
-    console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    return f"{title}\n" + "\n".join(line.rstrip() for line in text.splitlines() if line.strip()) + "\n"
+def _packed_over_best(rows: dict[str, Document]) -> str:
+    ours, theirs = (rows.get(name, {}).get("seconds") for name in ("fastvq packed", "flash-kmeans best"))
+    return _number(ours / theirs if ours and theirs else None, 2)
+
+
+# Ratios are fastvq's time over the other's.
+_TIMES: dict[str, Callable[[Any], str]] = {
+    "": _of("", "name", str),
+    "N×K×D": _of("", "size", str),
+    "dtype": lambda rows: _short(rows[""]),
+    "ms": _of("fastvq", "seconds"),
+    "packed": _of("fastvq packed", "seconds"),
+    "TF/s": _of("best", "tflops", lambda value: _number(value, 0)),
+    "Tp/s": _of("best", "tera_pairs", lambda value: _number(value, 2)),
+    "÷product": _of("best", "times_product", lambda value: _number(value, 2)),
+    "÷flash": _of("best", "times_flash-kmeans", lambda value: _number(value, 2)),
+    "flash": _of("flash-kmeans", "seconds"),
+    "cdist": _of("cdist", "seconds"),
+    "formula": _of("expanded formula", "seconds"),
+    "open %": _of("fastvq packed", "open_share", lambda share: _number(None if share is None else 100 * share, 3)),
+    "MB": _of("fastvq", "peak_extra_bytes", _mb),
+    "host ms": _of("fastvq", "host_seconds"),
+}
+_FLASH: dict[str, Callable[[Any], str]] = {
+    "": _of("", "name", str),
+    "N×K×D": _of("", "size", str),
+    "fastvq": _of("fastvq", "seconds"),
+    "packed": _of("fastvq packed", "seconds"),
+    "flash": _of("flash-kmeans", "seconds"),
+    "flash best": _of("flash-kmeans best", "seconds"),
+    "packed ÷ best": _packed_over_best,
+    "configuration": _of("flash-kmeans best", "note", lambda note: (note or "")[:110]),
+}

@@ -14,9 +14,9 @@ from bench.gpu.kernels import compiled_versions, kernels_of
 from bench.gpu.problems import tiny
 from bench.gpu.stage import Row, Stage
 from bench.gpu.workers import Outcome, Workers
-from bench.harness.outcome import describe
+from bench.harness.outcome import describe, seconds_row
 from bench.harness.problems import Problem, make_inputs
-from bench.harness.timing import Clock, seconds_row
+from fastvq.testing.measure import Clock
 from fastvq_kernels.configs import TOKEN_TILE, ScanConfig, scan_config
 
 # A dimension for each width, the most valuable widths first.
@@ -170,7 +170,7 @@ def _measure(stage: Stage, workers: Workers, clock: Clock, problem: Problem, con
     timings = clock.interleaved(searches, 2 if stage.dry else 9, stage.deadline)
     scans = _scan_seconds(stage, searches)
     if repr(default) not in timings:
-        stage.note(f"{problem.name}: the default could not be timed: {clock.errors.get(repr(default), '')}")
+        stage.note(f"{problem.name}: the default could not be timed: {clock.errors.get(repr(default))}")
         return rows
     for row in rows:
         if row["config"] in timings:

@@ -1,11 +1,14 @@
-"""What became of a contender that did not run, in the words of a row."""
+"""The columns of a row: times of a contender that ran, status and note of one that did not."""
 
 from __future__ import annotations
 
 import os
 import traceback
 
+import numpy as np
 import torch
+
+from fastvq.testing.measure import Timing
 
 # What PyTorch's allocator of the CPU, NumPy and C++ say.
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "unable to allocate", "bad_alloc")
@@ -13,6 +16,18 @@ _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "unable to 
 
 class DoesNotApplyError(Exception):
     """A contender has no answer to a problem of this kind."""
+
+
+def seconds_row(timing: Timing) -> dict[str, float | int]:
+    """Median, 20th and 80th percentile in seconds, median seconds of the host, and the number of calls."""
+    low, high = np.percentile(timing.seconds, [20, 80])
+    return {
+        "seconds": timing.median,
+        "seconds_p20": float(low),
+        "seconds_p80": float(high),
+        "host_seconds": timing.host,
+        "calls": len(timing.seconds),
+    }
 
 
 def failure(error: BaseException) -> dict[str, str]:

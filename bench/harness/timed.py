@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,18 +12,18 @@ from torch import Tensor
 from bench.contenders import CONTENDERS, SPECIAL
 from bench.contenders.base import Prepared
 from bench.harness.options import Options
-from bench.harness.outcome import DoesNotApplyError, failure
+from bench.harness.outcome import DoesNotApplyError, failure, seconds_row
 from bench.harness.problems import Problem, dtype_name, make_inputs
 from bench.harness.store import Row
-from bench.harness.timing import Clock, seconds_row
 from fastvq import reference
+from fastvq.testing.measure import Clock, Timing
 
 # The oracle is slow: about a second for so many terms x_j, e_kj. This many tokens show an error of one in a thousand.
 _CHECKED_TOKENS = 1024
 _CHECKED_TERMS = 5 * 10**8
 _LEAST_CHECKED = 64
 # On a GPU batches are rotated; they take at most this much memory.
-_BATCH_BYTES = 4 << 30
+BATCH_BYTES = 4 << 30
 
 
 def wanted(benchmark: str, problem: Problem, options: Options, names: Sequence[str], **more: Any) -> list[Row]:
@@ -48,34 +49,58 @@ def prepare(row: Row, operation: str, problem: Problem, batches: Sequence[Tensor
     return make(problem, batches, codebook)
 
 
+def first_calls(
+    rows: Sequence[Row], make: Callable[[Row], Prepared], check: Callable[[Row, Prepared, Any], None]
+) -> dict[str, Callable[[int], Any]]:
+    """Prepare the contender of every row and call it once; the calls that ran, by name.
+
+    Fills status and note, and the columns that ``check`` adds from the row, the contender and its first result.
+    """
+    calls = {}
+    for row in rows:
+        row |= {"status": "ok", "note": ""}
+        try:
+            prepared = make(row)
+            result = prepared.call(0)
+            row["note"] = prepared.note
+            check(row, prepared, result)
+            calls[row["contender"]] = prepared.call
+        except Exception as error:  # other libraries raise anything, and it belongs into the table
+            row |= failure(error)
+    return calls
+
+
+def fill_times(
+    rows: Sequence[Row], calls: dict[str, Callable[[int], Any]], clock: Clock, repeats: int, deadline: float = math.inf
+) -> dict[str, Timing]:
+    """Time the calls in turns and fill the seconds of their rows, or status and note of a call that raised."""
+    timings = clock.interleaved(calls, repeats, deadline)
+    for row in rows:
+        if row["contender"] in timings:
+            row |= seconds_row(timings[row["contender"]])
+        elif row["contender"] in clock.errors:
+            row |= failure(clock.errors[row["contender"]])
+    return timings
+
+
 def time_together(rows: Sequence[Row], operation: str, problem: Problem, options: Options) -> list[Row]:
     """Fill rows of one problem: status, note, version, seconds with percentiles, and the share of wrong indices."""
     buffers = 1
     if options.device.type == "cuda":
-        buffers = max(2, min(4, _BATCH_BYTES // (4 * problem.tokens * problem.dim)))
+        buffers = max(2, min(4, BATCH_BYTES // (4 * problem.tokens * problem.dim)))
     batches, codebook = make_inputs(problem, options.device, buffers)
-    some = sample(problem)
-    expected = oracle(batches[0][some.to(options.device)], codebook)
-    calls: dict[str, Callable[[int], Any]] = {}
-    rows = [{**row, "status": "ok", "note": ""} for row in rows]
-    for row in rows:
-        try:
-            prepared = prepare(row, operation, problem, batches, codebook)
-            result = prepared.call(0)
-            row["note"] = prepared.note
-            if prepared.indices is not None:
-                row |= wrong_share(prepared.indices(result).cpu()[some], expected)
-            calls[row["contender"]] = prepared.call
-        except Exception as error:  # whatever another library raises belongs into the table
-            row |= failure(error)
+    judged = sample(problem)
+    expected = oracle(batches[0][judged.to(options.device)], codebook)
+
+    def check(row: Row, prepared: Prepared, result: Any) -> None:
+        if prepared.indices is not None:
+            row |= wrong_share(prepared.indices(result).cpu()[judged], expected)
+
+    rows = [dict(row) for row in rows]
+    calls = first_calls(rows, lambda row: prepare(row, operation, problem, batches, codebook), check)
     if options.device.type == "cuda":
-        torch.cuda.empty_cache()  # of what a failed contender has left
-    clock = Clock(options.device)
-    timings = clock.interleaved(calls, options.repeats)
-    for row in rows:
-        if row["contender"] in timings:
-            row |= seconds_row(timings[row["contender"]])
-        row |= clock.errors.get(row["contender"], {})
+        torch.cuda.empty_cache()  # memory that a failed contender has left
+    fill_times(rows, calls, Clock(options.device), options.repeats)
     return rows
 
 
@@ -91,7 +116,7 @@ def wrong_share(indices: Tensor, expected: Tensor) -> Row:
 
 
 def oracle(x: Tensor, codebook: Tensor) -> Tensor:
-    """On one thread: it consists of a great many small operations, for which threads would wait for each other."""
+    """The oracle's indices, on one thread: threads would wait for each other at every one of its small operations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
+from bench.contenders.base import Prepared
 from bench.harness.options import DTYPES, Options
-from bench.harness.outcome import failure
 from bench.harness.problems import Problem, make_inputs
 from bench.harness.run import Group
 from bench.harness.store import Row
-from bench.harness.timed import oracle, prepare, wanted, wrong_share
+from bench.harness.timed import first_calls, oracle, prepare, wanted, wrong_share
 
 # ESM3's codebook. Enough tokens for a share of a few in a thousand; the oracle needs a second for them.
 _USUAL = Problem("esm3", 1024, 4096, 128)
 _OFFSETS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
 _QUICK_TOKENS = 256
 _QUICK_OFFSETS = (0.0, 3.0, 30.0, 100.0)
-_HALF = ("seed in half", "half product")
+_HALF = ("expanded in half", "half product")
 
 
 def plan(options: Options) -> list[Group]:
@@ -47,13 +48,11 @@ def judge(rows: Sequence[Row], problem: Problem, offset: float, device: torch.de
     """Fill rows: status, note, version and the share of wrong indices; the oracle sees the values after rounding."""
     (x,), codebook = make_inputs(problem, device, kind="offset", offset=offset)
     expected = oracle(x, codebook)
-    rows = [{**row, "status": "ok", "note": ""} for row in rows]
-    for row in rows:
-        try:
-            prepared = prepare(row, "search", problem, [x], codebook)
-            row["note"] = prepared.note
-            if prepared.indices is not None:
-                row |= wrong_share(prepared.indices(prepared.call(0)).cpu(), expected)
-        except Exception as error:  # whatever another library raises belongs into the table
-            row |= failure(error)
+
+    def check(row: Row, prepared: Prepared, result: Any) -> None:
+        if prepared.indices is not None:
+            row |= wrong_share(prepared.indices(result).cpu(), expected)
+
+    rows = [dict(row) for row in rows]
+    first_calls(rows, lambda row: prepare(row, "search", problem, [x], codebook), check)
     return rows

@@ -56,7 +56,7 @@ def plan(options: Options) -> list[Group]:
 
 def _measure(row: Row, problem: Problem, device: torch.device) -> list[Row]:
     row = {**row, "status": "ok", "note": ""}
-    if row["contender"] == "seed compiled":
+    if row["contender"] == "expanded compiled":
         return [row | failure(DoesNotApplyError("the compiler takes memory of its own"))]
     if device.type == "cpu":
         arguments = (row, problem, torch.get_num_threads())

@@ -11,8 +11,8 @@ from bench.gpu.device import ceilings
 from bench.harness.options import Options
 from bench.harness.run import Group
 from bench.harness.store import Row, Store
-from bench.harness.timing import Clock
 from fastvq.cpu.matmul import product
+from fastvq.testing.measure import Clock
 
 # Three float32 matrices of 1 MiB: they stay in the cache of every processor of the last ten years.
 _PRODUCT = 512

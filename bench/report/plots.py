@@ -14,7 +14,7 @@ from bench.harness.store import Row, Store
 from bench.plans.roofline import flop, least_bytes, limits_of
 from bench.report.drawing import COLOURS, INK, MARKERS, NOTE, OURS, PLAIN, label_ends, label_points, png, tidy
 
-_SEED = "seed formula"
+_EXPANDED = "expanded formula"
 _COLUMNS = 4
 
 
@@ -23,7 +23,7 @@ def pictures(store: Store) -> dict[str, bytes]:
     found = {}
     head, rows = store.latest("search")
     limits = limits_of(store, rows)
-    if any(row["contender"] == _SEED and row.get("seconds") for row in rows):
+    if any(row["contender"] == _EXPANDED and row.get("seconds") for row in rows):
         found["throughput.png"] = png(throughput(head, rows))
     if limits and any(row.get("seconds") for row in rows):
         found["roofline.png"] = png(roofline(head, rows, limits))
@@ -35,14 +35,14 @@ def pictures(store: Store) -> dict[str, bytes]:
 
 
 def throughput(head: dict[str, Any], rows: Sequence[Row]) -> Figure:
-    """A panel per shape: tokens per second of each contender over those of the seed formula."""
+    """A panel per shape: tokens per second of each contender over those of the expanded formula."""
     shapes: dict[str, dict[str, Row]] = {}
     for row in rows:
         label = f"{row['name']}\n{row['tokens']:,} × {row['codes']:,} × {row['dim']:,}"
         shapes.setdefault(label, {})[row["contender"]] = row
-    shapes = {label: found for label, found in shapes.items() if found.get(_SEED, {}).get("seconds")}
+    shapes = {label: found for label, found in shapes.items() if found.get(_EXPANDED, {}).get("seconds")}
     ratios = {
-        label: {name: found[_SEED]["seconds"] / row["seconds"] for name, row in found.items() if row.get("seconds")}
+        label: {name: found[_EXPANDED]["seconds"] / row["seconds"] for name, row in found.items() if row.get("seconds")}
         for label, found in shapes.items()
     }
     names = [name for name in _names(rows) if any(name in found for found in ratios.values())]
@@ -50,7 +50,7 @@ def throughput(head: dict[str, Any], rows: Sequence[Row]) -> Figure:
     lines = math.ceil(len(shapes) / columns)
     size = (1.6 + 3.1 * columns, 1.3 + lines * (0.75 + 0.24 * len(names)))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    title = f"Nearest code: throughput relative to the {_SEED}; N × K × D\n{head['device']}"
+    title = f"Nearest code: throughput relative to the {_EXPANDED}; N × K × D\n{head['device']}"
     figure.suptitle(title, fontsize=14, color=INK)
     every = [value for found in ratios.values() for value in found.values()]
     low, high = min(0.5, 0.9 * min(every)), max(2.0, max(every))
@@ -79,7 +79,9 @@ def throughput(head: dict[str, Any], rows: Sequence[Row]) -> Figure:
     axes[0, 0].invert_yaxis()
     for panel in axes.flat[len(ratios) :]:
         panel.set_visible(False)
-    figure.supxlabel(f"times the throughput of the {_SEED} (logarithmic; right of 1 is faster)", fontsize=11, color=INK)
+    figure.supxlabel(
+        f"times the throughput of the {_EXPANDED} (logarithmic; right of 1 is faster)", fontsize=11, color=INK
+    )
     return figure
 
 

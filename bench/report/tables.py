@@ -13,7 +13,7 @@ from bench.plans.roofline import share_of_limit
 from bench.plans.scaling import slope
 from bench.report.grid import Grid
 
-_SEED = "seed formula"
+_EXPANDED = "expanded formula"
 _OURS = "fastvq"
 _AXES = {"tokens": "N", "codes": "K", "dim": "D"}
 
@@ -43,7 +43,7 @@ def timed(title: str, head: Head, rows: Sequence[Row], limits: dict[str, float])
     """One line per shape and contender, with everything that was measured."""
     lines = []
     for shape in _shapes(rows):
-        seed = next((row["seconds"] for row in shape if row["contender"] == _SEED and _ran(row)), None)
+        expanded = next((row["seconds"] for row in shape if row["contender"] == _EXPANDED and _ran(row)), None)
         for i, row in enumerate(shape):
             share = share_of_limit(row, limits)
             spread = f"{_ms(row['seconds_p20'])} to {_ms(row['seconds_p80'])}" if _ran(row) else ""
@@ -52,13 +52,13 @@ def timed(title: str, head: Head, rows: Sequence[Row], limits: dict[str, float])
                 row["contender"],
                 _ms(row["seconds"]) if _ran(row) else row["status"],
                 spread,
-                _ratio(seed / row["seconds"]) if seed and _ran(row) else "",
+                _ratio(expanded / row["seconds"]) if expanded and _ran(row) else "",
                 _percent(share),
                 _percent(row.get("wrong_share")),
                 _short(row["note"]),
             ])  # fmt: skip
     remarks = [f"{_machine(head)}.", _limits(limits)]
-    headings = ["shape", "N × K × D", "contender", "ms", "20 to 80 %", "× seed", "of limit", "wrong", "note"]
+    headings = ["shape", "N × K × D", "contender", "ms", "20 to 80 %", "× expanded", "of limit", "wrong", "note"]
     return Grid(title, [remark for remark in remarks if remark], headings, lines, left=3)
 
 
@@ -110,7 +110,7 @@ def accuracy(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     remark = f"{first['checked_tokens']:,} tokens, " if first.get("checked_tokens") else ""
     remarks = [
         f"{_machine(head)}; {remark}K = {first['codes']:,}, D = {first['dim']}; offset in standard deviations.",
-        "seed in half: the formula in the precision given; half product: the product in it, norms in float32;",
+        "expanded in half: the formula in the precision given; half product: the product in it, norms in float32;",
         "the others get half precision as float32.",
         _named(absent),
     ]

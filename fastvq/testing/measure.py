@@ -1,4 +1,4 @@
-"""Seconds and bytes of a call, on the CPU and on GPUs, and fastvq against its reference in both."""
+"""Seconds and bytes of calls on CPUs and GPUs, and fastvq beside its reference in both."""
 
 from __future__ import annotations
 
@@ -15,75 +15,125 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastvq
 
-# Seconds; libgomp was seen to spin for 16 ms.
+# Seconds; libgomp was seen to spin for 16 ms after a parallel loop, on the cores of the next call.
 _SPINNING = 0.05
+# A GPU reads this many bytes before a timed call. They displace every L2 cache, with lines that need no writing back,
+# and take about a millisecond, in which the host queues the call: gaps between kernels are not measured.
+_FLUSH_BYTES = 3 << 30
+# A CPU repeats a call for this many seconds and times the last one: after the wait, threads sleep and caches are cold,
+# and the scheduler may need 4 ms to wake a thread.
+_WARM_UP = 0.1
+# Seconds of a call on a GPU above which fewer repeats give as good a median.
+_SLOW, _REPEATS_SLOW = 0.05, 5
 
 
 class Timing(NamedTuple):
-    """Seconds of repeated calls and their median."""
+    """Seconds on the device of each call, and the median seconds that the host needed to queue one."""
 
-    median: float
     seconds: list[float]
+    host: float
+
+    @property
+    def median(self) -> float:
+        """Median of the seconds on the device."""
+        return statistics.median(self.seconds)
+
+
+class Clock:
+    """Times functions in turns, so that clock drift affects all of them equally.
+
+    A CPU is timed by its clock, warm; a GPU by events, from a cold L2 cache with the host ahead.
+
+    Attributes:
+        errors: exceptions of functions that raised while they were timed last, by name.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.errors: dict[str, Exception] = {}
+        self._flush = torch.ones(_FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
+
+    def interleaved(
+        self, functions: Mapping[str, Callable[[int], object]], repeats: int, deadline: float = float("inf")
+    ) -> dict[str, Timing]:
+        """Timings by name; a function that raises is left out.
+
+        Args:
+            functions: called with the number of the call, by which they pick their input; warm-up calls come first.
+            repeats: timed calls, at least 1; on a GPU 5 of a function that needs more than 50 ms.
+            deadline: reading of ``time.monotonic()`` after which no further round begins, once there are three.
+
+        Raises:
+            ValueError: ``repeats`` is not positive.
+        """
+        if repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {repeats}")
+        self.errors = {}
+        rounds = {name: self._rounds(name, function, repeats) for name, function in functions.items()}
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+        for i in range(repeats):
+            if i >= 3 and time.monotonic() > deadline:
+                break
+            for name, function in functions.items():
+                if i < rounds[name] and name not in self.errors:
+                    measured[name] += self._tried(name, function, i)
+        return {
+            name: Timing([seconds for seconds, _ in pairs], statistics.median(host for _, host in pairs))
+            for name, pairs in measured.items()
+            if pairs and name not in self.errors
+        }
+
+    def _rounds(self, name: str, function: Callable[[int], object], repeats: int) -> int:
+        """How often to call a function, after calls that warm it up."""
+        for i in range(3 if self._flush is not None else 1):
+            last = [] if name in self.errors else self._tried(name, function, i)
+        slow = self._flush is not None and bool(last) and last[0][0] > _SLOW
+        return min(repeats, _REPEATS_SLOW) if slow else repeats
+
+    def _tried(self, name: str, function: Callable[[int], object], i: int) -> list[tuple[float, float]]:
+        try:
+            return [self._timed(function, i)]
+        except Exception as error:  # the others are still wanted
+            self.errors[name] = error
+            return []
+
+    def _timed(self, function: Callable[[int], object], i: int) -> tuple[float, float]:
+        """Seconds on the device and seconds of the host for call ``i``."""
+        if self._flush is None:
+            time.sleep(_SPINNING)
+            seconds = spent = _seconds(function, i)
+            while spent < _WARM_UP:
+                seconds = _seconds(function, i)
+                spent += seconds
+            return seconds, seconds
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self.device)
+        self._flush.sum()
+        first.record()
+        host = _seconds(function, i)
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3, host
+
+
+def _seconds(function: Callable[[int], object], i: int) -> float:
+    start = time.perf_counter()
+    function(i)
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on ``device``; a clock read before that shows the launch only."""
+    """Wait for the work queued on ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def settle_down(device: torch.device) -> None:
-    """Wait until nothing of an earlier call runs any more.
-
-    On a GPU the queued work. On the CPU the threads of OpenMP, which go on spinning after a parallel loop, some for
-    tens of milliseconds, and take the time from the call that is measured next.
-    """
-    synchronize(device)
-    if device.type == "cpu":
-        time.sleep(_SPINNING)
-
-
-def median_seconds(
-    functions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, Timing]:
-    """Time functions against each other: in turns, so that a change of the machine's speed meets all alike.
-
-    Args:
-        functions: what to call, by name. Each is called once before the clock starts.
-        repeats: timed calls of each function, at least 1.
-        device: synchronised before every reading of the clock.
-
-    Returns:
-        The timing of each function in seconds, under its name.
-
-    Raises:
-        ValueError: ``repeats`` is not positive.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    for function in functions.values():
-        function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            settle_down(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(statistics.median(values), values) for name, values in seconds.items()}
 
 
 def peak_extra_memory(function: Callable[[], object], device: torch.device) -> int:
     """Bytes that PyTorch's allocator holds at the peak of one call, beyond what it held before.
 
-    On CUDA and ROCm: ``max_memory_allocated`` during the call minus ``memory_allocated`` before it. On the CPU: the
-    largest partial sum of the allocations and releases that the profiler records, those of this thread. Scratch space
-    that a library takes without PyTorch's allocator is in neither.
-
-    Args:
-        function: called once; its result is dropped before the next measurement, not before the peak.
-        device: where it allocates.
+    On a GPU: ``max_memory_allocated`` during the call less ``memory_allocated`` before it. On the CPU: the largest
+    partial sum of the allocations and releases of this thread that the profiler records. Neither contains scratch space
+    that a library takes without PyTorch's allocator.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -92,7 +142,7 @@ def peak_extra_memory(function: Callable[[], object], device: torch.device) -> i
         function()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # Garbage of earlier calls that is collected during this one would not be recorded, with a warning.
+    # Garbage of earlier calls that is collected now would be a release without its allocation.
     gc.collect()
     # Read when the profiler first starts: keeps its progress messages off the terminal.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -113,14 +163,14 @@ def compare_with_reference(codebook: fastvq.EMACodebook, tokens: Tensor, probes:
     """Training step (forward, backward, EMA update) and search of fastvq and of the reference, on equal terms.
 
     Args:
-        codebook: its state is where both modules start; it is not changed.
+        codebook: both modules start from its state; it does not change.
         tokens: ``[n, D]``, the batch of every step.
-        probes: ``[m, D]``, searched with both and with the float64 oracle.
+        probes: ``[m, D]``, searched by both and by the float64 oracle.
 
     Returns:
-        ``tokens`` n, ``dim`` D, ``oracle_tokens`` m, ``speed_up`` (ratio of the median seconds), and for each of
-        ``fastvq`` and ``reference``: ``seconds`` (median), ``all_seconds``, ``peak_extra_bytes`` and
-        ``indices_equal_to_oracle`` (share of the probes).
+        ``tokens`` n, ``dim`` D, ``oracle_tokens`` m, ``speed_up`` (ratio of the median seconds), and for ``fastvq`` and
+        ``reference`` each ``seconds`` (median), ``all_seconds``, ``peak_extra_bytes`` and ``indices_equal_to_oracle``
+        (share of the probes).
     """
     device = tokens.device
     arguments = (codebook.n_codes, codebook.embedding_dim, codebook.no_random_restart, codebook.restart_thres)
@@ -140,7 +190,10 @@ def compare_with_reference(codebook: fastvq.EMACodebook, tokens: Tensor, probes:
         "fastvq": lambda x, codes: fastvq.nearest_code(x, codes),
         "reference": fastvq.reference.nearest_code_expanded,
     }
-    timings = median_seconds(steps, 5, device)
+    clock = Clock(device)
+    timings = clock.interleaved({name: lambda _, call=call: call() for name, call in steps.items()}, 5)  # type: ignore[misc]
+    for error in clock.errors.values():
+        raise error
     oracle = fastvq.reference.nearest_code(probes, codebook.embeddings)
     entries = {
         name: {

@@ -93,7 +93,7 @@ def test_the_wrong_share_counts_indices_that_differ_from_the_oracle(strange):
     assert zeros["wrong_share"] == pytest.approx((torch.cdist(x, codebook).argmin(1) != 0).double().mean().item())
 
 
-@pytest.mark.parametrize("name", [*offering("search"), "seed in half", "half product", "product"])
+@pytest.mark.parametrize("name", [*offering("search"), "expanded in half", "half product", "product"])
 def test_every_search_answers_or_says_why_not(name):
     problem = replace(SMALL, dtype=torch.bfloat16 if "half" in name else torch.float32, dim=8)
     (row,) = measured([name], problem)
@@ -118,9 +118,9 @@ def test_every_training_step_finds_the_nearest_codes_and_moves_them(name):
     assert not torch.equal(indices, torch.cdist(x, codebook).argmin(1))  # the codes have moved
 
 
-def test_moving_averages_of_moshi_equal_those_of_the_seed_formula():
+def test_moving_averages_of_moshi_equal_those_of_the_expanded_formula():
     (x,), codebook = make_inputs(SMALL, CPU)
-    steps = [CONTENDERS[name].train(SMALL, [x], codebook) for name in ("moshi", "seed formula", "fastvq")]
+    steps = [CONTENDERS[name].train(SMALL, [x], codebook) for name in ("moshi", "expanded formula", "fastvq")]
     for _ in range(20):
         found = [step.call(0) for step in steps]
     assert torch.equal(found[0], found[1])
@@ -129,7 +129,7 @@ def test_moving_averages_of_moshi_equal_those_of_the_seed_formula():
 
 def test_a_matrix_that_does_not_fit_is_made_in_chunks_and_the_row_says_so(monkeypatch):
     monkeypatch.setattr(base, "available_memory", lambda: 7 * 40 * 4 * 4 * 2)
-    (row,) = measured(["seed formula"])
+    (row,) = measured(["expanded formula"])
     assert row["note"] == "in chunks of 7 tokens"
     assert row["wrong_share"] == 0
     assert base.tokens_per_chunk(replace(SMALL, whole=True), CPU) == 60
@@ -162,11 +162,11 @@ def test_tokens_near_codes_have_those_codes_nearest():
 
 def test_half_precision_products_lose_the_index_where_fastvq_does_not():
     problem = Problem("esm3", 64, 4096, 128, dtype=torch.bfloat16)
-    rows = wanted("accuracy", problem, options(), ["fastvq", "half product", "seed in half"], offset=3.0)
-    ours, half, seed = accuracy.judge(rows, problem, 3.0, CPU)
+    rows = wanted("accuracy", problem, options(), ["fastvq", "half product", "expanded in half"], offset=3.0)
+    ours, half, expanded = accuracy.judge(rows, problem, 3.0, CPU)
     assert ours["wrong_share"] == 0
     assert half["wrong_share"] > 0.3
-    assert seed["wrong_share"] > 0.3
+    assert expanded["wrong_share"] > 0.3
     float32 = replace(problem, dtype=torch.float32)
     (row,) = accuracy.judge(wanted("accuracy", float32, options(), ["half product"], offset=3.0), float32, 3.0, CPU)
     assert row["status"] == "does not apply"
@@ -201,11 +201,11 @@ def test_memory_is_measured_in_a_process_of_its_own():
     problem = Problem("memory", 4096, 8192, 16, whole=True)
     matrix = 4 * problem.tokens * problem.codes
     extra = {}
-    for name in ("fastvq", "seed formula"):
+    for name in ("fastvq", "expanded formula"):
         (row,) = wanted("memory", problem, options(), [name], operation="train")
         extra[name] = in_child(memory.extra_resident, (row, problem, 1), preload=("bench.plans.memory",))["extra_bytes"]
     assert 0 < extra["fastvq"] < 0.25 * matrix
-    assert 2.9 * matrix < extra["seed formula"] < 3.6 * matrix
+    assert 2.9 * matrix < extra["expanded formula"] < 3.6 * matrix
 
 
 def test_a_process_that_raises_or_dies_is_a_row_that_says_so():

@@ -20,7 +20,7 @@ HEAD = {
     "versions": {"torch": "2.0"},
     "date": "2026-01-02T03:04:05+00:00",
 }
-NAMES = ("fastvq", "seed formula", "a rival with a long name", "broken")
+NAMES = ("fastvq", "expanded formula", "a rival with a long name", "broken")
 
 
 def row(benchmark, contender, **more):
@@ -113,7 +113,7 @@ def test_limits_are_compared_with_the_rate_of_every_row(store):
     cells = dict(zip(tables[0].headings, tables[0].rows[0], strict=True))
     assert cells["contender"] == "fastvq"
     assert cells["of limit"] == "64 %"  # 2 · 1000 · 500 · 64 in a millisecond, of 100 GFLOP/s
-    assert cells["× seed"] == "2.00"
+    assert cells["× expanded"] == "2.00"
 
 
 def test_a_cell_cannot_break_a_table():

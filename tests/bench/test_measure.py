@@ -7,7 +7,8 @@ import torch
 
 import fastvq
 from fastvq.cpu import scan_bf16 as coarse
-from fastvq.testing.measure import median_seconds, peak_extra_memory
+from fastvq.testing import measure
+from fastvq.testing.measure import Clock, peak_extra_memory
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -74,20 +75,21 @@ def test_training_step_needs_a_tenth_of_one_distance_matrix():
     assert peak_extra_memory(step, CPU) <= 0.1 * 4 * n_tokens * n_codes
 
 
-def test_median_seconds_takes_turns_after_a_warm_up():
+def test_a_clock_takes_turns_after_a_warm_up(monkeypatch):
+    monkeypatch.setattr(measure, "_WARM_UP", 0)
     calls = []
-    timings = median_seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, CPU)
+    timings = Clock(CPU).interleaved({"a": lambda i: calls.append("a"), "b": lambda i: calls.append("b")}, 3)
     assert calls == ["a", "b"] * 4
     assert list(timings) == ["a", "b"]
     assert all(len(timing.seconds) == 3 for timing in timings.values())
 
 
-def test_median_seconds_measures_seconds():
-    timing = median_seconds({"sleep": lambda: time.sleep(0.02)}, 3, CPU)["sleep"]
+def test_a_clock_measures_seconds():
+    timing = Clock(CPU).interleaved({"sleep": lambda i: time.sleep(0.02)}, 3)["sleep"]
     assert sorted(timing.seconds)[1] == timing.median
     assert 0.02 <= timing.median < 2
 
 
-def test_median_seconds_wants_a_repeat():
+def test_a_clock_wants_a_repeat():
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
-        median_seconds({}, 0, CPU)
+        Clock(CPU).interleaved({}, 0)
