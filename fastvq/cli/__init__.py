@@ -1,4 +1,4 @@
-"""The command line; typer and rich come with the extra ``cli``."""
+"""The command line. It needs typer and rich, which the extra ``cli`` installs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Console entry point; says in one line what to install where typer or rich is missing."""
+    """Run the command line; exit with code 2 and one line if typer or rich is missing."""
     try:
         from fastvq.cli.app import run
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Judges every backend by the float64 oracle over adversarial cases, by equality of all indices."""
+"""Compare the indices of every backend with those of the float64 oracle."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastvq.common.precision import full_precision
 from fastvq.cpu import search
 from fastvq.testing.cases import Case
 
-# Interpreted kernels need up to a second for a token that reaches float64.
+# Interpreted kernels take up to a second for a token that reaches float64.
 _INTERPRETED_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Row:
-    """Judgement of one backend on one case; ``passed`` is None where the backend could not run at all."""
+    """The verdict on one backend in one case; ``passed`` is None if the backend cannot run."""
 
     case: str
     shape: str
@@ -35,10 +35,8 @@ class Row:
 
 
 def judge_all(cases: Iterable[Case], device: torch.device) -> Iterator[Row]:
-    """One row for every case and backend: ``"torch"`` on the CPU and on a GPU, ``"triton"`` where it can run."""
-    runs = [("torch", torch.device("cpu"))]
-    if device.type != "cpu":
-        runs.append(("torch", device))
+    """One row per case and backend: ``"torch"`` on the CPU and on ``device``, ``"triton"`` on ``device``."""
+    runs = [("torch", place) for place in dict.fromkeys((torch.device("cpu"), device))]
     if obstacle := TRITON.obstacle(device):
         yield Row("all", "", "", "triton", "not judged", obstacle, 0.0, None)
     else:
@@ -56,12 +54,12 @@ def _judge(case: Case, oracle: Tensor, backend: str, device: torch.device) -> Ro
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            # Interpreted kernels compute with NumPy; bounds that overflow to infinity are meant to.
+            # Interpreted kernels compute with NumPy, and their bounds may overflow to infinity.
             warnings.simplefilter("ignore", RuntimeWarning)
             found = fastvq.nearest_code(x, codebook, metric=case.metric, backend=backend).cpu()
             again = _in_packed_codes(x, codebook, case.metric) if backend == "torch" and len(x) else found
     except Exception as error:
-        # Any error is a finding about this backend; the other rows are still wanted.
+        # An error fails this backend; the others still run.
         passed, result = False, f"{type(error).__name__}: {error}".splitlines()[0]
     else:
         wrong = int(((found != oracle) | (again != oracle)).sum())
@@ -73,6 +71,6 @@ def _judge(case: Case, oracle: Tensor, backend: str, device: torch.device) -> Ro
 
 
 def _in_packed_codes(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """Indices found in the packed codebook, which the search would not use for few codes."""
+    """Indices found with a packed codebook, which the search itself does not use for few codes."""
     with torch.no_grad(), full_precision(x.device):
         return search.search_packed(x, search.prepare(codebook, metric)).cpu()

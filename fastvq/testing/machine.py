@@ -1,9 +1,10 @@
-"""This machine: its device, the name of its processor, and the versions of the software."""
+"""The machine that runs this: its device, its processor, and the versions of its software."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,17 +12,15 @@ import torch
 import fastvq
 from fastvq.cpu.matmul import bfloat16_units
 
-DEVICES = ("auto", "cpu", "cuda")
-
 
 def pick_device(name: str) -> torch.device:
-    """The device of an option ``--device``: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU where there is one.
+    """The device named ``"cpu"`` or ``"cuda"``; ``"auto"`` takes a GPU if there is one.
 
     Raises:
         ValueError: the name is unknown, or there is no GPU.
     """
-    if name not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be one of auto, cpu, cuda, got {name!r}")
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         raise ValueError("device cuda was asked for, but PyTorch finds no GPU here")
@@ -29,7 +28,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU; of the CPU the model, if the system tells it, vector units, and the threads PyTorch uses."""
+    """The model of a GPU; for a CPU its model if known, its vector units, and PyTorch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     n = torch.get_num_threads()
@@ -38,23 +37,20 @@ def device_name(device: torch.device) -> str:
 
 
 def _cpu_model() -> str:
-    try:
+    with suppress(OSError):  # only Linux has this file
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip() not in ("", "unknown"):
-                return value.strip()
-    except OSError:
-        pass  # not Linux
+            key, _, value = map(str.strip, line.partition(":"))
+            if key == "model name" and value not in ("", "unknown"):
+                return value
     return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """Versions of fastvq, of what it stands on, and of Python; ``"not installed"`` where something is missing."""
-    found = {"fastvq": fastvq.__version__}
-    for distribution in ("torch", "triton", "numpy"):
-        try:
+    """Versions of fastvq, PyTorch, Triton, NumPy and Python; ``"not installed"`` for a missing package."""
+    # PyTorch's own version names the build; the version of its distribution may lack it.
+    found = {"fastvq": fastvq.__version__, "torch": str(torch.__version__)}
+    for distribution in ("triton", "numpy"):
+        found[distribution] = "not installed"
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            found[distribution] = "not installed"
-    found["torch"] = str(torch.__version__)  # with the build, which the distribution's version may lack
     return {**found, "python": platform.python_version()}

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from fastvq import reference
-from fastvq.cli.verify import verify
+from fastvq.cli.verify import print_verdicts
 from fastvq.cpu import search as cpu_search
 from fastvq.testing.cases import Case, adversarial_cases
 from fastvq.testing.judge import judge_all
@@ -83,7 +83,7 @@ def test_a_wrong_cpu_index_fails(monkeypatch):
     monkeypatch.setattr(cpu_search, "nearest_code", off_by_one)
     output = io.StringIO()
     cases = [case for case in adversarial_cases() if case.name == "K 100"]
-    assert not verify(cases, CPU, Console(file=output, width=150))
+    assert not print_verdicts(cases, CPU, Console(file=output, width=150))
     assert "1 wrong" in output.getvalue()
 
 
@@ -109,6 +109,6 @@ def test_a_backend_that_raises_fails(monkeypatch):
 def test_triton_that_cannot_run_is_a_row_and_no_failure(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     output = io.StringIO()
-    assert verify(list(adversarial_cases())[:2], CPU, Console(file=output, width=150))
+    assert print_verdicts(list(adversarial_cases())[:2], CPU, Console(file=output, width=150))
     assert "not judged" in output.getvalue()
     assert "2 of 2 rows passed" in output.getvalue()

@@ -1,9 +1,10 @@
-"""Photographs as tokens: one token per square patch, and back."""
+"""Photographs as tokens, one per square patch, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# Share of the training patches that lie on the grid that is encoded later. The others lie anywhere: they let the
-# codes see a motif at every phase, at the price of 0.1 dB against a grid-only codebook; without the grid it is 1 dB.
+# Share of the training patches that lie on the grid that is encoded later; the rest lie anywhere. Off-grid patches
+# show the codes each motif at every phase and cost 0.1 dB against training on the grid alone. No grid costs 1 dB.
 _SHARE_ON_GRID = 0.5
 
 
@@ -26,19 +27,19 @@ class Photo:
 
 
 def load_photos(files: Sequence[Path]) -> list[Photo]:
-    """Photographs from files, or scikit-learn's bundled ones where there are no files.
+    """Read photographs from files; without files, take the two bundled with scikit-learn.
 
     Raises:
-        ValueError: a file cannot be read as a picture, or has no pixels; the message names it.
-        ModuleNotFoundError: scikit-learn is wanted and not installed.
+        ValueError: a file is not a readable picture; the message names it.
+        ModuleNotFoundError: scikit-learn is needed and not installed.
     """
-    if not files:
-        from sklearn.datasets import load_sample_images
+    if files:
+        return [_read(file) for file in files]
+    from sklearn.datasets import load_sample_images
 
-        bundled = load_sample_images()
-        names = [Path(name).name for name in bundled.filenames]
-        return [Photo(name, torch.tensor(image)) for name, image in zip(names, bundled.images, strict=True)]
-    return [_read(file) for file in files]
+    bundled = load_sample_images()
+    names = [Path(name).name for name in bundled.filenames]
+    return [Photo(name, torch.tensor(image)) for name, image in zip(names, bundled.images, strict=True)]
 
 
 def _read(file: Path) -> Photo:
@@ -65,31 +66,29 @@ def to_pixels(values: Tensor) -> Tensor:
 
 
 def pad_to_patches(pixels: Tensor, patch: int) -> Tensor:
-    """``pixels [H, W, 3]`` with the last row and column repeated until both sides are multiples of ``patch``."""
-    height, width = pixels.shape[:2]
-    rows = torch.arange(height + -height % patch).clamp(max=height - 1)
-    columns = torch.arange(width + -width % patch).clamp(max=width - 1)
+    """Repeat the last row and column of ``pixels [H, W, 3]`` until both sides are multiples of ``patch``."""
+    rows, columns = (torch.arange(side + -side % patch).clamp(max=side - 1) for side in pixels.shape[:2])
     return pixels[rows][:, columns]
 
 
 def to_tokens(pixels: Tensor, patch: int) -> Tensor:
-    """Patches of ``pixels [H, W, 3]`` uint8, row by row of the grid: ``[ceil(H/p) * ceil(W/p), 3p²]`` in [-1, 1]."""
+    """The patches of ``pixels [H, W, 3]`` uint8, row by row: ``[ceil(H/p) * ceil(W/p), 3p²]`` in [-1, 1]."""
     padded = to_unit(pad_to_patches(pixels, patch))
     rows, columns = padded.shape[0] // patch, padded.shape[1] // patch
     return padded.view(rows, patch, columns, patch, 3).permute(0, 2, 1, 3, 4).reshape(rows * columns, -1)
 
 
 def from_tokens(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """The inverse of :func:`to_tokens` for a picture of ``height`` x ``width``: uint8 ``[height, width, 3]``."""
+    """The inverse of :func:`to_tokens`: uint8 ``[height, width, 3]``."""
     rows, columns = -(-height // patch), -(-width // patch)
     grid = tokens.view(rows, columns, patch, patch, 3).permute(0, 2, 1, 3, 4)
     return to_pixels(grid.reshape(rows * patch, columns * patch, 3))[:height, :width]
 
 
 class PatchSampler:
-    """Draws training patches from photographs; every photograph gets a share by its number of pixels.
+    """Draws random training patches, from every photograph in proportion to its number of patch positions.
 
-    A share of ``share_on_grid`` of the patches lies on the grid of :func:`to_tokens`, the others anywhere.
+    A share of ``share_on_grid`` of the patches lies on the grid of :func:`to_tokens`, the rest anywhere.
     """
 
     def __init__(
@@ -101,30 +100,25 @@ class PatchSampler:
         padded = [pad_to_patches(photo.pixels, patch).to(device) for photo in photos]
         # Views: a patch at every position, [H - p + 1, W - p + 1, 3, p, p].
         self._windows = [pixels.unfold(0, patch, 1).unfold(1, patch, 1) for pixels in padded]
-        self._sizes = [windows.shape[0] * windows.shape[1] for windows in self._windows]
+        # Number of positions up to and including each photograph.
+        self._ends = list(accumulate(windows.shape[0] * windows.shape[1] for windows in self._windows))
 
     @property
     def n_positions(self) -> int:
-        """Number of positions a patch can have, over all photographs."""
-        return sum(self._sizes)
+        """Number of patch positions over all photographs."""
+        return self._ends[-1]
 
     def draw(self, n_tokens: int, generator: torch.Generator) -> Tensor:
         """``n_tokens`` random patches ``[n_tokens, 3p²]`` in [-1, 1]; ``generator`` is on the CPU."""
-        ends = [round(n_tokens * share) for share in _running_shares(self._sizes)]
-        parts = []
+        ends = [round(n_tokens * (end / self.n_positions)) for end in self._ends]
+        patches = []
         for windows, start, end in zip(self._windows, [0, *ends], ends, strict=False):
             n = end - start
-            top = torch.randint(windows.shape[0], (n,), generator=generator)
-            left = torch.randint(windows.shape[1], (n,), generator=generator)
-            on_grid = (torch.rand(n, generator=generator) < self.share_on_grid) * self.patch
-            top, left = (torch.where(on_grid > 0, at - at % self.patch, at).to(windows.device) for at in (top, left))
-            parts.append(windows[top, left].permute(0, 2, 3, 1).reshape(n, -1))
-        return to_unit(torch.cat(parts))
-
-
-def _running_shares(sizes: Sequence[int]) -> list[float]:
-    total = sum(sizes)
-    return [sum(sizes[: i + 1]) / total for i in range(len(sizes))]
+            top, left = (torch.randint(side, (n,), generator=generator) for side in windows.shape[:2])
+            on_grid = torch.rand(n, generator=generator) < self.share_on_grid
+            top, left = (torch.where(on_grid, at - at % self.patch, at).to(windows.device) for at in (top, left))
+            patches.append(windows[top, left].permute(0, 2, 3, 1).reshape(n, -1))
+        return to_unit(torch.cat(patches))
 
 
 def psnr(original: Tensor, decoded: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""``fastvq demo``: learn a codebook on photographs, encode and decode them, compare with the reference module."""
+"""The work of ``fastvq demo``: learn a codebook on photographs, encode and decode them, and compare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 import fastvq
@@ -26,26 +26,22 @@ from fastvq.testing.measure import compare_with_reference, synchronize
 
 # Faster than the usual 0.99: the run is short, and the photographs do not drift.
 _EMA_DECAY = 0.8
-# One token in five steps. A higher threshold redraws codes that have their place.
+# One token in five steps. A higher threshold would redraw codes that are in use.
 _RESTART_THRESHOLD = 0.2
 _TOKENS_PER_STEP = 16384
 _ORACLE_TOKENS = 4096
-# The reference module holds three float32 matrices of this many elements, 1.5 GiB in all.
+# Most elements of a matrix of the reference module. It holds three in float32, 1.5 GiB in all.
 _REFERENCE_MATRIX = 1 << 27
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of the demo.
+    """Options of the demo; raises a ValueError that names an option out of its range."""
 
-    Raises:
-        ValueError: an option is out of its range; the message names it.
-    """
-
-    codes: int = 4096
-    patch: int = 4
-    steps: int = 80
-    seed: int = 0
+    codes: int
+    patch: int
+    steps: int
+    seed: int
 
     def __post_init__(self) -> None:
         for name, least in (("codes", 1), ("patch", 1), ("steps", 1), ("seed", 0)):
@@ -59,7 +55,7 @@ class Settings:
 
 
 class Learned(NamedTuple):
-    """A trained codebook, its ``curves [steps, 3]`` (loss, usage, perplexity) and the wall time per step."""
+    """A trained codebook, its ``curves [steps, 3]`` of loss, usage and perplexity, and the wall time of a step."""
 
     codebook: fastvq.EMACodebook
     curves: Tensor
@@ -67,10 +63,10 @@ class Learned(NamedTuple):
 
 
 def check(settings: Settings, photos: Sequence[Photo]) -> None:
-    """Raises ValueError where the settings do not suit the photographs."""
+    """Raise ValueError if a photograph is smaller than a patch, or has fewer patches than there are codes."""
     for photo in photos:
-        if settings.patch > min(photo.pixels.shape[:2]):
-            height, width = photo.pixels.shape[:2]
+        height, width = photo.pixels.shape[:2]
+        if settings.patch > min(height, width):
             raise ValueError(f"patch must fit into {photo.name} ({width} x {height} pixels), got {settings.patch}")
     possible = PatchSampler(photos, settings.patch, torch.device("cpu")).n_positions
     if settings.codes > possible:
@@ -80,7 +76,7 @@ def check(settings: Settings, photos: Sequence[Photo]) -> None:
 
 
 def run(settings: Settings, photos: Sequence[Photo], device: torch.device, out: Path, console: Console) -> None:
-    """The whole demo: learn, encode and decode, compare, then write three files to ``out`` and print the results."""
+    """Learn, encode and decode, and compare; then write three files to ``out`` and print the results."""
     start = time.perf_counter()
     torch.manual_seed(settings.seed)
     sampler = PatchSampler(photos, settings.patch, device)
@@ -89,21 +85,20 @@ def run(settings: Settings, photos: Sequence[Photo], device: torch.device, out: 
     decoded, quality = encode_and_decode(learned.codebook, photos, settings.patch)
     with console.status("comparing with the reference module and the float64 oracle"):
         n_tokens = max(1, min(settings.tokens_per_step, _REFERENCE_MATRIX // settings.codes))
-        every = torch.cat([to_tokens(photo.pixels, settings.patch) for photo in photos])
-        probes = every[torch.randperm(len(every), generator=generator)[:_ORACLE_TOKENS]].to(device)
+        tokens = torch.cat([to_tokens(photo.pixels, settings.patch) for photo in photos])
+        probes = tokens[torch.randperm(len(tokens), generator=generator)[:_ORACLE_TOKENS]].to(device)
         comparison = compare_with_reference(learned.codebook, sampler.draw(n_tokens, generator), probes)
 
-    bits = quality["bits_per_pixel"]["fixed"]
     rows = [
         Reconstruction(f"{photo.name}, {_decibel(entry['psnr_db'])}", photo.pixels, picture)
         for photo, picture, entry in zip(photos, decoded, quality["photos"], strict=True)
     ]
+    decoded_title = f"reconstruction, {quality['bits_per_pixel']['fixed']:.2f} bits per pixel"
     title = f"{settings.codes} codes of {settings.patch} x {settings.patch} pixels"
+    curves_title = f"EMA codebook: {title}, {settings.tokens_per_step} patches a step"
     pictures = {
-        "reconstruction.png": reconstruction_png(rows, f"reconstruction, {bits:.2f} bits per pixel"),
-        "training.png": training_png(
-            learned.curves, f"EMA codebook: {title}, {settings.tokens_per_step} patches a step"
-        ),
+        "reconstruction.png": reconstruction_png(rows, decoded_title),
+        "training.png": training_png(learned.curves, curves_title),
     }
     result = {
         **quality,
@@ -126,14 +121,13 @@ def run(settings: Settings, photos: Sequence[Photo], device: torch.device, out: 
 
 def learn(settings: Settings, sampler: PatchSampler, generator: torch.Generator, console: Console) -> Learned:
     """Train an EMA codebook on random patches, with a progress bar."""
-    device = sampler.device
     codebook = fastvq.EMACodebook(
         settings.codes,
         3 * settings.patch**2,
         no_random_restart=False,
         restart_thres=_RESTART_THRESHOLD,
         ema_decay=_EMA_DECAY,
-        device=device,
+        device=sampler.device,
     )
     history: list[Tensor] = []
     columns = (
@@ -149,11 +143,11 @@ def learn(settings: Settings, sampler: PatchSampler, generator: torch.Generator,
         for step in range(1, settings.steps + 1):
             loss = codebook(sampler.draw(settings.tokens_per_step, generator)).loss
             history.append(torch.stack([loss, codebook.usage, codebook.perplexity]))
-            # Reading a value waits for the GPU: not after every step.
-            if step % 10 == 0 or step == settings.steps or device.type == "cpu":
+            # Reading a value waits for the GPU, so it is rare there.
+            if step % 10 == 0 or step == settings.steps or sampler.device.type == "cpu":
                 values = "loss {:.5f}  usage {:.1%}  perplexity {:.0f}".format(*history[-1].tolist())
                 progress.update(task, completed=step, description=values)
-    synchronize(device)
+    synchronize(sampler.device)
     seconds = (time.perf_counter() - start) / settings.steps
     return Learned(codebook.eval(), torch.stack(history).cpu(), seconds)
 
@@ -161,10 +155,10 @@ def learn(settings: Settings, sampler: PatchSampler, generator: torch.Generator,
 def encode_and_decode(
     codebook: fastvq.EMACodebook, photos: Sequence[Photo], patch: int
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Photographs from their indices alone, uint8 ``[H, W, 3]``, and how good they are.
+    """Photographs rebuilt from their indices alone, uint8 ``[H, W, 3]``, and measures of their quality.
 
-    Bits per pixel: ``log2(K) / p²`` with indices of fixed length, ``H(indices) / p²`` with an entropy coder, where H
-    is the entropy of the indices over all photographs.
+    Bits per pixel are ``log2(K) / p²`` for indices of fixed length, and ``H / p²`` for an entropy coder, where H is
+    the entropy of the indices over all photographs.
     """
     decoded, entries = [], []
     histogram = torch.zeros(codebook.n_codes, dtype=torch.int64)
@@ -192,7 +186,7 @@ def encode_and_decode(
 
 
 def write(files: dict[str, bytes], out: Path) -> None:
-    """Create ``out`` if needed and write the files: all under temporary names first, then renamed."""
+    """Write the files into ``out``, which is created if needed: first under temporary names, then renamed."""
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     temporary = {out / f".{name}.{os.getpid()}": out / name for name in files}
@@ -209,7 +203,7 @@ def write(files: dict[str, bytes], out: Path) -> None:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity: None stands for the PSNR of a lossless reconstruction."""
+    """None for the infinite PSNR of a lossless reconstruction, because JSON has no infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -218,30 +212,22 @@ def _decibel(value: float | None) -> str:
 
 
 def _result_table(result: dict[str, Any], title: str) -> Table:
-    compared = result["comparison"]
-    ours, reference = compared["fastvq"], compared["reference"]
-    table = Table(title=title, caption=f"backend {result['backend']} on {result['device']}")
-    table.add_column()
-    table.add_column("fastvq", justify="right")
-    table.add_column("reference", justify="right")
-    table.add_column("ratio", justify="right")
-    for entry in result["photos"]:
-        table.add_row(f"PSNR of {entry['name']}", _decibel(entry["psnr_db"]))
-    bits = result["bits_per_pixel"]
+    bits, compared = result["bits_per_pixel"], result["comparison"]
+    modules = compared["fastvq"], compared["reference"]
+    milliseconds = [f"{1e3 * module['seconds']:.1f} ms" for module in modules]
+    memory = [module["peak_extra_bytes"] for module in modules]
+    mebibytes = [f"{n / 2**20:.1f} MiB" for n in memory]
+    equal = [f"{module['indices_equal_to_oracle']:.2%}" for module in modules]
+
+    columns = (Column(name, justify="right") for name in ("fastvq", "reference", "ratio"))
+    table = Table("", *columns, title=title, caption=f"backend {result['backend']} on {result['device']}")
+    for photo in result["photos"]:
+        table.add_row(f"PSNR of {photo['name']}", _decibel(photo["psnr_db"]))
     table.add_row("PSNR overall", _decibel(result["psnr_db"]))
     table.add_row("bits per pixel (entropy-coded)", f"{bits['fixed']:.3f} ({bits['entropy_coded']:.3f})")
     table.add_row("codes in use", f"{result['usage']['training']:.1%}")
     table.add_row("perplexity", f"{result['perplexity']['training']:.0f}", end_section=True)
-    table.add_row(
-        f"training step, {compared['tokens']} tokens",
-        f"{1e3 * ours['seconds']:.1f} ms",
-        f"{1e3 * reference['seconds']:.1f} ms",
-        f"{compared['speed_up']:.1f}x as fast",
-    )
-    memory = [entry["peak_extra_bytes"] for entry in (ours, reference)]
-    table.add_row(
-        "its peak extra memory", *(f"{n / 2**20:.1f} MiB" for n in memory), f"{memory[1] / max(1, memory[0]):.0f}x less"
-    )
-    equal = [entry["indices_equal_to_oracle"] for entry in (ours, reference)]
-    table.add_row(f"equal to float64, {compared['oracle_tokens']} tokens", *(f"{share:.2%}" for share in equal))
+    table.add_row(f"training step, {compared['tokens']} tokens", *milliseconds, f"{compared['speed_up']:.1f}x as fast")
+    table.add_row("its peak extra memory", *mebibytes, f"{memory[1] / max(1, memory[0]):.0f}x less")
+    table.add_row(f"equal to float64, {compared['oracle_tokens']} tokens", *equal)
     return table
