@@ -1,42 +1,30 @@
-"""Everything that is measured beside fastvq, one adapter per file; :mod:`bench.contenders.base` is their interface."""
+"""Everything that is measured beside fastvq; :mod:`bench.contenders.base` is the interface."""
 
 from __future__ import annotations
 
-from bench.contenders import (
-    cdist,
-    chunked,
-    faiss_flat,
-    flash_kmeans,
-    formula,
-    keops,
-    lucidrains,
-    moshi,
-    ours,
-    product,
-    scikit_learn,
-)
+from bench.contenders import flash_kmeans, libraries, ours, pytorch
 from bench.contenders.base import Contender
 
 CONTENDERS: dict[str, Contender] = {
     "fastvq": ours.CONTENDER,
-    "expanded formula": formula.CONTENDER,
-    "expanded compiled": formula.COMPILED,
-    "cdist": cdist.CONTENDER,
-    "chunked addmm": chunked.CONTENDER,
-    "moshi": moshi.CONTENDER,
-    "lucidrains": lucidrains.CONTENDER,
-    "faiss": faiss_flat.CONTENDER,
-    "scikit-learn": scikit_learn.CONTENDER,
-    "keops": keops.CONTENDER,
+    "expanded formula": pytorch.EXPANDED,
+    "expanded compiled": pytorch.COMPILED,
+    "cdist": pytorch.CDIST,
+    "chunked addmm": pytorch.CHUNKED,
+    "moshi": pytorch.MOSHI,
+    "lucidrains": libraries.LUCIDRAINS,
+    "faiss": libraries.FAISS,
+    "scikit-learn": libraries.SCIKIT_LEARN,
+    "keops": libraries.KEOPS,
     "flash-kmeans": flash_kmeans.CONTENDER,
 }
 
-# Not side by side with the others by default: half precision, where exactness is lost, and the GPU pack's ceilings.
+# Measured only on request: half precision, where exactness is lost, and the upper bounds of the GPU benchmark.
 SPECIAL: dict[str, Contender] = {
-    "expanded in half": formula.AS_GIVEN,
-    "half product": formula.HALF_PRODUCT,
+    "expanded in half": pytorch.EXPANDED_IN_HALF,
+    "half product": pytorch.HALF_PRODUCT,
     "fastvq packed": ours.PACKED,
-    "product": product.CONTENDER,
+    "product": pytorch.PRODUCT,
 }
 
 

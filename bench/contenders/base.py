@@ -1,11 +1,13 @@
 """What every contender gives: a version, and calls for a search and for a training step.
 
-A call starts from plain tensors, as in a training step, where the codebook is new every time: building an index or
-packing the codebook is part of it. What is prepared beforehand, if anything, stands in the contender's docstring.
+A call starts from plain tensors, as in a training step, where the codebook changes every time: building an index or
+packing the codebook is part of the call. A docstring says so where a contender prepares something beforehand.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,9 +22,9 @@ _GPU_VALUES = 1 << 28
 
 
 class Prepared(NamedTuple):
-    """The call for the i-th batch, and what its row has to say.
+    """The call for the i-th batch and a note for its row.
 
-    ``indices`` reads int64 ``[N]`` or ``[H, N]`` from the call's result.
+    ``indices`` reads int64 ``[N]`` or ``[H, N]`` from the result of the call.
     """
 
     call: Callable[[int], Any]
@@ -30,13 +32,13 @@ class Prepared(NamedTuple):
     indices: Callable[[Any], Tensor] | None = None
 
 
-# Takes the problem, some batches of tokens and the codebook. Raises DoesNotApplyError where there is no answer.
+# Takes the problem, batches of tokens and the codebook. Raises DoesNotApplyError for a problem it cannot solve.
 Prepare = Callable[[Problem, Sequence[Tensor], Tensor], Prepared]
-Forward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Search = Callable[[Tensor, Tensor], Tensor]
 
 
 class Contender(NamedTuple):
-    """A tool: ``version`` raises ImportError where it is missing; None stands for what it does not offer."""
+    """A tool: ``version`` raises ImportError if it is missing; None stands for an operation that it does not offer."""
 
     version: Callable[[], str]
     search: Prepare | None = None
@@ -44,8 +46,21 @@ class Contender(NamedTuple):
 
 
 def torch_version() -> str:
-    """Of contenders that are a few lines of PyTorch."""
+    """The version of contenders that are a few lines of PyTorch."""
     return f"torch {torch.__version__}"
+
+
+def version_of(module: str, name: str) -> Callable[[], str]:
+    """A contender's ``version``: the one of distribution ``name``, otherwise of the module, if it states one."""
+
+    def version() -> str:
+        found = importlib.import_module(module)
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{name} {getattr(found, '__version__', 'from a checkout')}"
+
+    return version
 
 
 def searching(batches: Sequence[Tensor], search: Callable[[Tensor], Tensor], note: str = "") -> Prepared:
@@ -53,28 +68,24 @@ def searching(batches: Sequence[Tensor], search: Callable[[Tensor], Tensor], not
     return Prepared(lambda i: search(batches[i % len(batches)]), note, lambda result: result)
 
 
-def materialising(
-    problem: Problem,
-    batches: Sequence[Tensor],
-    codebook: Tensor,
-    search: Callable[[Tensor, Tensor], Tensor],
-    convert: bool = True,
-) -> Prepared:
-    """A search that writes ``[tokens, K]``, in chunks of tokens where the whole matrix would not fit.
+def searching_float32(batches: Sequence[Tensor], codebook: Tensor, search: Search) -> Prepared:
+    """A search of tokens in the codebook, both in float32; half precision is converted in the call."""
+    return searching(batches, lambda x: search(x.float(), codebook.float()))
 
-    Args:
-        problem: its sizes.
-        batches: tokens ``[N, D]`` or ``[H, N, D]``.
-        codebook: ``[K, D]`` or ``[H, K, D]``.
-        search: of some tokens in the codebook.
-        convert: half precision to float32, in the call.
+
+def materialising(
+    problem: Problem, batches: Sequence[Tensor], codebook: Tensor, search: Search, convert: bool = True
+) -> Prepared:
+    """A search that writes ``[tokens, K]``, in chunks of tokens if the whole matrix does not fit.
+
+    ``convert`` turns half precision into float32, in the call.
     """
     chunk = tokens_per_chunk(problem, codebook.device)
 
     def call(x: Tensor) -> Tensor:
         codes = codebook.float() if convert else codebook
-        parts = [search(part.float() if convert else part, codes) for part in x.split(chunk, dim=-2)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        found = [search(block.float() if convert else block, codes) for block in x.split(chunk, dim=-2)]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     return searching(batches, call, chunk_note(problem, chunk))
 
@@ -88,11 +99,11 @@ def tokens_per_chunk(problem: Problem, device: torch.device) -> int:
 
 
 def chunk_note(problem: Problem, chunk: int) -> str:
-    """Says that a matrix did not fit; empty where it did."""
+    """The note of a matrix that did not fit; empty if it did."""
     return f"in chunks of {chunk} tokens" if chunk < problem.tokens else ""
 
 
-def training(batches: Sequence[Tensor], forward: Forward) -> Prepared:
+def training(batches: Sequence[Tensor], forward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Prepared:
     """A training step: forward with the codebook's update, and the gradient of the tokens."""
 
     def call(i: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,27 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contenders.base import Contender, Prepared, with_heads
+from bench.contenders.base import Contender, Prepared, version_of, with_heads
 from bench.harness.outcome import DoesNotApplyError
 from bench.harness.problems import Problem
-
-
-def version() -> str:
-    """Of the distribution, or of a checkout on the path, which has none."""
-    importlib.import_module("flash_kmeans")
-    try:
-        return f"flash-kmeans {importlib.metadata.version('flash-kmeans')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "flash-kmeans, a checkout"
 
 
 def search(
     problem: Problem, batches: Sequence[Tensor], codebook: Tensor, config: Mapping[str, int] | None = None
 ) -> Prepared:
-    """As shipped or with a launch configuration.
+    """As shipped, or with a launch configuration; the kernel uses TF32 for float32.
 
-    Token norms (Euclidean) and unit vectors (cosine) are prepared beforehand; code norms are computed in the call, as
-    shipped. The kernel uses TF32 for float32.
+    Prepared beforehand: token norms (Euclidean) or unit vectors (cosine). Code norms are computed in the call.
     """
     module = importlib.import_module("flash_kmeans.assign_euclid_triton")
     if problem.metric == "dot":
@@ -54,4 +43,4 @@ def search(
     return Prepared(call, indices=read)
 
 
-CONTENDER = Contender(version, search)
+CONTENDER = Contender(version_of("flash_kmeans", "flash-kmeans"), search)

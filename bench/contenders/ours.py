@@ -1,4 +1,4 @@
-"""This package."""
+"""fastvq itself."""
 
 from __future__ import annotations
 
@@ -14,23 +14,18 @@ from bench.harness.problems import Problem
 from fastvq.backends.triton import interpreting
 
 
-def version() -> str:
-    """Of this package."""
-    return f"fastvq {fastvq.__version__}"
-
-
 def search(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
-    """The search as a user calls it, with the backend it picks itself."""
+    """The search as a user calls it, which picks the backend."""
     return searching(batches, lambda x: fastvq.nearest_code(x, codebook, metric=problem.metric))
 
 
 def search_kernels(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
-    """The same with the kernels, which it picks on a GPU; without one they are interpreted."""
+    """The search with the kernels; without a GPU they are interpreted."""
     return searching(batches, lambda x: fastvq.nearest_code(x, codebook, metric=problem.metric, backend="triton"))
 
 
 def search_packed(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
-    """The kernels with the codebook packed beforehand, as in evaluation. The call also gives the open tokens."""
+    """The kernels alone, with the codebook packed beforehand, as in evaluation."""
     if not (codebook.is_cuda or interpreting()):
         raise DoesNotApplyError("needs a GPU")
     from fastvq_kernels.search.pack_codes import pack_codebook
@@ -51,5 +46,5 @@ def train(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prep
     return training(batches, module)
 
 
-CONTENDER = Contender(version, search, train)
-PACKED = Contender(version, search_packed)
+CONTENDER = Contender(lambda: f"fastvq {fastvq.__version__}", search, train)
+PACKED = Contender(lambda: f"fastvq {fastvq.__version__}", search_packed)
