@@ -1,4 +1,4 @@
-"""Every Python example of the README runs as printed."""
+"""The README's Python examples run as printed, its numbers are the stored ones, and links between documents work."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -28,7 +30,30 @@ def test_there_are_examples():
     assert len(EXAMPLES) == 3
 
 
-def test_files_the_readme_names_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (ROOT / target).is_file(), target
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files_and_headings(document):
+    path = ROOT / document
+    for target, heading in re.findall(r"\]\(([^)#:]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
+        linked = path.parent / target if target else path
+        assert linked.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in headings]
+
+
+def test_the_summary_of_speed_is_that_of_the_results():
+    results = cells((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("bench:search -->")[1])
+    head, *rows = [row for row in cells(README) if len(row) == 5]
+    assert head[3:] == ["expanded formula", "fastest other tool"]
+    assert len(rows) == 10
+    for row in rows:
+        found = next(result for result in results if result[0] == row[0])  # of the first table
+        others = dict(zip(results[0][3:], found[3:], strict=True))
+        fastest = min(others, key=lambda name: float(others[name]))
+        assert row == [*found[:3], others["expanded formula"], f"{others[fastest]} ({fastest})"]
+
+
+def cells(text):
+    """The rows of the tables in ``text``, without the lines under the headings."""
+    lines = (line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
