@@ -1,12 +1,12 @@
 """Speed, memory and accuracy side by side: `python -m bench`.
 
-Results are kept as they come: a run that is interrupted, or started again with the same folder, goes on where it was.
+Results are stored as they come: an interrupted run goes on where it was when it is started again with the same folder.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -17,27 +17,33 @@ from rich.console import Console
 
 from bench.harness.machine import facts, limit_memory
 from bench.harness.options import Options
-from bench.harness.run import run
+from bench.harness.run import Group, run
 from bench.harness.store import Store
-from bench.plans import accuracy, memory, roofline, scaling, search, train
+from bench.plans import accuracy, memory, models, roofline, scaling
 from bench.report import files as report
 
-PLANS = {"search": search, "train": train, "memory": memory, "accuracy": accuracy, "scaling": scaling}
+PLANS: dict[str, Callable[[Options], Iterator[Group]]] = {
+    "search": models.search,
+    "train": models.train,
+    "memory": memory.plan,
+    "accuracy": accuracy.plan,
+    "scaling": scaling.plan,
+}
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Shapes = Annotated[str, typer.Option(help="Models by name (esm3,llamagen) or sizes tokens×codes×dim. [default: all]")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda. auto takes a GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16. [default: float32; accuracy: all]")]
-Names = Annotated[str, typer.Option(help="Names separated by commas. [default: all that offer the operation]")]
+Shapes = Annotated[str, typer.Option(help="Models by name (esm3,llamagen) or sizes tokens×codes×dim. Default: all.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16. Default: float32; accuracy: all.")]
+Names = Annotated[str, typer.Option(help="Names separated by commas. Default: all that offer the operation.")]
 Out = Annotated[Path, typer.Option(help="Folder for results, tables and pictures.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: as many as PyTorch takes]")]
-Repeats = Annotated[int | None, typer.Option(min=1, help="Timed calls of each. [default: 5 on a CPU, 25 on a GPU]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: those of PyTorch.")]
+Repeats = Annotated[int | None, typer.Option(min=1, help="Timed calls of each. Default: 5 on a CPU, 25 on a GPU.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few and small sizes.")]
 
 
-def _command(name: str, help_text: str | None) -> None:
-    @app.command(name, help=(help_text or "").split("\n\n")[0])
+def _command(name: str, plans: Sequence[str], help_text: str, quickly: bool = False) -> None:
+    @app.command(name, help=help_text)
     def command(
         shapes: Shapes = "",
         device: Device = "auto",
@@ -46,40 +52,31 @@ def _command(name: str, help_text: str | None) -> None:
         out: Out = Path("bench-out"),
         threads: Threads = None,
         repeats: Repeats = None,
-        quick: Quick = False,
+        quick: Quick = quickly,
     ) -> None:
         with _user_errors():
             if threads:
                 torch.set_num_threads(threads)
             options = Options.checked(device, dtype, shapes, contenders, repeats, quick)
-        measure([name], options, out)
+            groups = {plan: list(PLANS[plan](options)) for plan in plans}
+        measure(groups, options, out)
 
 
-for _name, _module in PLANS.items():
-    _command(_name, _module.__doc__)
-
-
-@app.command()
-def quick(device: Device = "auto", out: Out = Path("bench-out"), threads: Threads = None) -> None:
-    """Everything at few and small sizes; the set of `make bench`."""
-    with _user_errors():
-        if threads:
-            torch.set_num_threads(threads)
-        options = Options.checked(device, "", "", "", None, quick=True)
-    measure(list(PLANS), options, out)
+for _name, _plan in PLANS.items():
+    _command(_name, [_name], str(_plan.__doc__).partition(";")[0] + ".")
+_command("quick", list(PLANS), "Everything at few and small sizes; the set of `make bench`.", quickly=True)
 
 
 @app.command("report")
 def rebuild(
-    results: Annotated[list[Path] | None, typer.Argument(help="Files of results. [default: OUT/results.json]")] = None,
+    results: Annotated[list[Path] | None, typer.Argument(help="Files of results. Default: OUT/results.json.")] = None,
     out: Out = Path("bench-out"),
     readme: Annotated[Path | None, typer.Option(help="Fill this file: its marked sections and its pictures.")] = None,
 ) -> None:
     """Tables and pictures from stored results, without measuring anything; the README's from bench/results/."""
     with _user_errors():
         paths = results or ([out / "results.json"] if readme is None else report.kept())
-        missing = [str(path) for path in paths if not path.exists()]
-        if missing:
+        if missing := [str(path) for path in paths if not path.exists()]:
             raise ValueError(f"results must be files of an earlier run, got {', '.join(missing)}")
         stores = [Store(path) for path in paths]
         if readme is not None:
@@ -89,10 +86,8 @@ def rebuild(
         report.write(store, out, _console())
 
 
-def measure(names: Sequence[str], options: Options, out: Path) -> None:
-    """Run benchmarks by name, then write and print what the store has of them."""
-    with _user_errors():
-        plans = [PLANS[name].plan(options) for name in names]
+def measure(plans: dict[str, list[Group]], options: Options, out: Path) -> None:
+    """Run groups by name of benchmark, then write and print what the store has of these benchmarks."""
     out.mkdir(parents=True, exist_ok=True)
     store = Store(out / "results.json")
     store.measured_on(facts(options.device))
@@ -100,24 +95,24 @@ def measure(names: Sequence[str], options: Options, out: Path) -> None:
         limit_memory()
     console = Console(stderr=True)
     try:
-        if set(names) & {"search", "train", "scaling"}:
+        if plans.keys() & {"search", "train", "scaling"}:
             run("roofline", roofline.plan(options), store, console)
-        for name, groups in zip(names, plans, strict=True):
+        for name, groups in plans.items():
             run(name, groups, store, console)
     except KeyboardInterrupt:
         console.print(f"interrupted; {store.path} has {len(store.rows)} rows, the same command goes on from there")
         raise typer.Exit(130) from None
-    report.write(store, out, _console(), names)
+    report.write(store, out, _console(), list(plans))
 
 
 def _console() -> Console:
-    """For tables: a log file has no width; without one Rich would fold them to 80 columns."""
+    """A console for tables; a log file has no width, and Rich would fold the tables to 80 columns."""
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Turn what the user can put right into one line and exit code 2."""
+    """Turn a ValueError into one line and exit code 2."""
     try:
         yield
     except ValueError as error:

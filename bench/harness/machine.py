@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from fastvq.testing.machine import device_name, versions
 
 _ROOT = Path(__file__).parents[2]
 _FACTS = "driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
-# Of the available memory; the rest is for what takes memory outside of this process.
+# Share of the available memory that this process may take.
 _USABLE = 0.9
 # Distributions that contenders call.
 _RIVALS = ("faiss-cpu", "faiss-gpu", "scikit-learn", "vector-quantize-pytorch", "pykeops", "flash-kmeans")
@@ -36,7 +35,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "host_memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "versions": versions() | {"cuda": torch.version.cuda or "none"} | _rivals(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _output("git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty") or "unknown",
         "sources": _digest(),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
         "driver": query_gpu(_FACTS),
@@ -50,49 +49,47 @@ def facts(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def identity(head: dict[str, Any]) -> str:
+    """Twelve digits that change with the machine, a version, the commit or a source file, but not with the date."""
+    lasting = {name: value for name, value in head.items() if name != "date"}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def memory_field(path: str, name: str) -> int:
+    """Bytes of a field of ``/proc/meminfo`` or ``/proc/self/status``.
+
+    Raises:
+        OSError: there is no such file: this is not Linux.
+        StopIteration: it has no such field.
+    """
+    lines = Path(path).read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
 def available_memory() -> int:
     """Bytes that processes can still take without swapping, as Linux estimates them; elsewhere the free ones."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return memory_field("/proc/meminfo", "MemAvailable")
     except (OSError, StopIteration):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def limit_memory() -> None:
-    """From here on an allocation beyond the available memory fails in this process, instead of ending it."""
+    """From here on an allocation beyond the available memory fails instead of ending this process."""
     with contextlib.suppress(ImportError, OSError, StopIteration, ValueError):  # not Linux
         import resource
 
-        lines = Path("/proc/self/status").read_text().splitlines()
-        taken = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmData:"))
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (taken + int(_USABLE * available_memory()), hard))
-
-
-def identity(head: dict[str, Any]) -> str:
-    """Twelve digits that change with the machine, a version, the commit or a source file, not with the date."""
-    lasting = {name: value for name, value in head.items() if name != "date"}
-    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:12]
+        most = memory_field("/proc/self/status", "VmData") + int(_USABLE * available_memory())
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _rivals() -> dict[str, str]:
     found = {}
     for distribution in _RIVALS:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
-
-
-def _commit() -> str:
-    """The commit of this checkout and whether files differ from it; "unknown" without git."""
-    try:
-        command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def _digest() -> str:
@@ -105,13 +102,14 @@ def _digest() -> str:
 
 
 def query_gpu(fields: str) -> dict[str, str]:
-    """Fields of `nvidia-smi --query-gpu` with their units; empty where the tool is missing or fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return {}
-    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    """Fields of `nvidia-smi --query-gpu` with their units; empty if the tool is missing or fails."""
+    line = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0")
+    return dict(zip(fields.split(","), map(str.strip, line.split(",")), strict=False)) if line else {}
+
+
+def _output(*command: str) -> str:
+    """What a command prints; empty if it is missing or fails."""
     try:
-        line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields.split(","), (value.strip() for value in line.split(",")), strict=False))
+        return ""

@@ -1,4 +1,4 @@
-"""What the user asked for, checked."""
+"""The checked options of a run."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Options:
 
     Attributes:
         device: where everything runs.
-        dtype: of tokens and codebook; None for float32, and for all three where precision is the question.
-        shapes: as given; None for those of the benchmark.
-        contenders: as given; None for all that offer the operation.
+        dtype: of tokens and codebook; None for float32, for all three in the accuracy benchmark.
+        shapes: those asked for; empty for those of the benchmark.
+        contenders: those asked for; empty for all that offer the operation.
         repeats: timed calls of each contender.
         quick: few and small sizes.
     """
 
     device: torch.device
     dtype: torch.dtype | None
-    shapes: tuple[Problem, ...] | None
-    contenders: tuple[str, ...] | None
+    shapes: tuple[Problem, ...]
+    contenders: tuple[str, ...]
     repeats: int
     quick: bool
 
     @staticmethod
     def checked(device: str, dtype: str, shapes: str, contenders: str, repeats: int | None, quick: bool) -> Options:
-        """Options from their text; an empty text, and None for the repeats, stand for the default.
+        """Options from their texts; an empty text, and None for the repeats, stand for the default.
 
         Raises:
             ValueError: an option is not among its values; the message names it.
@@ -47,27 +47,21 @@ class Options:
         if dtype and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         names = tuple(name.strip() for name in contenders.split(",") if name.strip())
-        unknown = [name for name in names if name not in CONTENDERS and name not in SPECIAL]
-        if unknown:
-            known = ", ".join([*CONTENDERS, *SPECIAL])
-            raise ValueError(f"contenders must be among {known}, got {', '.join(unknown)}")
-        return Options(
-            where,
-            DTYPES.get(dtype),
-            tuple(parse_problems(shapes)) or None,
-            names or None,
-            repeats or _USUAL_REPEATS[where.type],
-            quick,
-        )
+        known = {**CONTENDERS, **SPECIAL}
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"contenders must be among {', '.join(known)}, got {', '.join(unknown)}")
+        repeats = repeats or _USUAL_REPEATS[where.type]
+        return Options(where, DTYPES.get(dtype), tuple(parse_problems(shapes)), names, repeats, quick)
 
     def problems(self, usual: Sequence[str], quick: Sequence[str]) -> list[Problem]:
-        """The problems asked for, or those of the names; those of models are cut to what a CPU does in seconds."""
-        named = [NAMED[name] for name in (quick if self.quick else usual)]
-        problems = [replace(plain(problem), dtype=self.dtype or torch.float32) for problem in self.shapes or named]
-        if self.device.type != "cpu":
-            return problems
-        cut = [for_cpu(problem, _QUICK_TOKENS) if self.quick else for_cpu(problem) for problem in problems]
-        return [now if was.name in NAMED else was for was, now in zip(problems, cut, strict=True)]
+        """The problems asked for, or those of the names; a CPU gets models with as many tokens as take seconds."""
+        tokens = {"tokens": _QUICK_TOKENS} if self.quick else {}
+        found = []
+        for problem in self.shapes or [NAMED[name] for name in (quick if self.quick else usual)]:
+            problem = replace(plain(problem), dtype=self.dtype or torch.float32)
+            cut = self.device.type == "cpu" and problem.name in NAMED
+            found.append(for_cpu(problem, **tokens) if cut else problem)
+        return found
 
     def only_shape(self, benchmark: str) -> Problem | None:
         """The shape asked for, if any, of a benchmark that takes one.
@@ -75,7 +69,7 @@ class Options:
         Raises:
             ValueError: more than one was asked for.
         """
-        if self.shapes and len(self.shapes) > 1:
+        if len(self.shapes) > 1:
             raise ValueError(f"shapes must be one for {benchmark}, got {len(self.shapes)}")
         return self.shapes[0] if self.shapes else None
 

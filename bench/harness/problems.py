@@ -1,4 +1,4 @@
-"""The searches that are measured: codebooks and batches of published models by name, sizes `N×K×D`, and their data."""
+"""The searches that are measured: published models by name, sizes `N×K×D`, and their data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Distance of a token to its code in units of the codes' spread, as after training.
+# Distance of a token to its code after training, in standard deviations of the codes.
 _NOISE = 0.1
 
 
@@ -16,7 +16,7 @@ _NOISE = 0.1
 class Problem:
     """One search: ``heads`` times ``tokens`` rows of ``dim`` numbers, each head against its own ``codes`` codes.
 
-    ``whole`` forbids contenders to cut a ``[tokens, codes]`` matrix that does not fit into memory.
+    With ``whole``, contenders may not compute a ``[tokens, codes]`` matrix in chunks.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Problem:
 
     @property
     def size(self) -> str:
-        """``N×K×D``, after ``H×`` where there are heads."""
+        """``N×K×D``, or ``H×N×K×D`` with several heads."""
         return (f"{self.heads}×" if self.heads > 1 else "") + f"{self.tokens}×{self.codes}×{self.dim}"
 
     @property
@@ -76,7 +76,7 @@ MODELS = (
     Problem("ldm-f16", 3584, 16_384, 8),
     Problem("recommender", 640, 256, 32),
 )
-# Sizes of published kernel benchmarks, and one between those of models
+# Sizes of published kernel benchmarks, and one between those of models.
 SIZES = (
     Problem("k1024-d64", 65_536, 1024, 64),
     Problem("k16384-d16", 65_536, 16_384, 16),
@@ -84,28 +84,24 @@ SIZES = (
 )
 NAMED = {problem.name: problem for problem in (*MODELS, *SIZES)}
 
-# Rows of a batch on a CPU, and token-code pairs: half a second of the fastest search, some seconds of the slowest.
+# Tokens and token-code pairs on a CPU: half a second of the fastest search, several seconds of the slowest.
 _CPU_TOKENS = 8192
 _CPU_PAIRS = 1 << 29
 
 
 def parse_problems(text: str) -> list[Problem]:
-    """Problems named in a list like ``"esm3,4096x1000x8"``; ``x`` and ``×`` both separate tokens, codes and dim.
+    """Problems of a list like ``"esm3,4096x1000x8"``; ``x`` or ``×`` separates tokens, codes and dim.
 
     Raises:
         ValueError: a name is unknown or a size is not three positive integers.
     """
-    return [_parse_problem(part.strip()) for part in text.split(",") if part.strip()]
-
-
-def _parse_problem(text: str) -> Problem:
-    if text in NAMED:
-        return NAMED[text]
-    size = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)[x×]([1-9]\d*)", text)
-    if size is None:
-        raise ValueError(f"shape must be tokens×codes×dim or one of {', '.join(NAMED)}, got {text!r}")
-    tokens, codes, dim = map(int, size.groups())
-    return Problem(f"{tokens}×{codes}×{dim}", tokens, codes, dim)
+    found = []
+    for name in filter(None, map(str.strip, text.split(","))):
+        size = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)[x×]([1-9]\d*)", name)
+        if size is None and name not in NAMED:
+            raise ValueError(f"shape must be tokens×codes×dim or one of {', '.join(NAMED)}, got {name!r}")
+        found.append(Problem("×".join(size.groups()), *map(int, size.groups())) if size else NAMED[name])
+    return found
 
 
 def plain(problem: Problem) -> Problem:
@@ -114,7 +110,7 @@ def plain(problem: Problem) -> Problem:
 
 
 def for_cpu(problem: Problem, tokens: int = _CPU_TOKENS) -> Problem:
-    """The problem with at most ``tokens`` rows, and fewer where the codebook is very large."""
+    """The problem with at most ``tokens`` tokens, and fewer if the codebook is very large."""
     affordable = 1 << max(0, (_CPU_PAIRS // problem.codes).bit_length() - 1)
     return replace(problem, tokens=min(problem.tokens, tokens, affordable))
 
@@ -126,12 +122,12 @@ def make_inputs(
 
     Args:
         problem: sizes and dtype.
-        device: where the numbers are drawn; those of a GPU differ from those of the CPU.
-        buffers: how many different batches of tokens.
-        kind: ``"gaussian"``: standard normal numbers, tokens and codes independent; ``"offset"``: the same, moved
-            away from zero; ``"near"``: tokens are codes with noise.
+        device: a GPU draws other numbers than the CPU.
+        buffers: how many batches of tokens.
+        kind: ``"gaussian"``: standard normal tokens and codes; ``"offset"``: the same plus ``offset``; ``"near"``:
+            tokens are codes with noise.
         seed: of the generator.
-        offset: how far, in standard deviations.
+        offset: in standard deviations.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     heads = (problem.heads,) if problem.heads > 1 else ()

@@ -1,4 +1,4 @@
-"""Measures group after group, keeps each as it ends, and leaves out what has been measured before."""
+"""Measures group after group, stores each when it is done, and skips those that are stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.harness.store import Row, Store
 
 
 class Group(NamedTuple):
-    """Rows that are measured together: ``wanted`` says which, ``measure`` gives them with their results."""
+    """Rows that are measured together: ``wanted`` identifies them, ``measure`` returns them with results."""
 
     label: str
     wanted: list[Row]

@@ -1,4 +1,4 @@
-"""Rows of results in one JSON file that is replaced as a whole, so that it is valid whenever a run ends."""
+"""Rows of results in one JSON file, replaced as a whole, so that an interrupted run leaves it valid."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ from bench.harness.machine import identity
 
 Row = dict[str, Any]
 
-# What says which measurement a row is; everything else in it is a result.
+# These columns identify a measurement; the others are its results.
 IDENTITY = (
     "benchmark", "name", "operation", "tokens", "codes", "dim", "dtype", "device", "offset", "axis", "contender",
 )  # fmt: skip
-# Each of these is one sweep, of which a file may have several, under different names.
+# Each of these is one sweep; a file may have several under different names.
 _SWEEPS = ("memory", "accuracy", "scaling")
 _HEAD_COLUMNS = ("device", "threads", "commit", "date")
 
 
 class Store:
-    """The rows of one file, each with the machine and the versions it was measured on.
+    """The rows of one file in the order of their measurement.
 
-    Attributes:
-        rows: in the order of their measurement; ``row["head"]`` is a key of ``heads``.
-        heads: see :func:`bench.harness.machine.facts`.
+    ``heads[row["head"]]`` are the :func:`bench.harness.machine.facts` of a row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +36,7 @@ class Store:
         self._head: tuple[str, dict[str, Any]] = ("", {})
 
     def measured_on(self, head: dict[str, Any]) -> None:
-        """New rows belong to ``head``; one that differs by its date alone is the same."""
+        """New rows belong to ``head``; a head that differs by its date alone is the same."""
         self._head = identity(head), head
 
     def has(self, wanted: Sequence[Row]) -> bool:
@@ -47,7 +45,7 @@ class Store:
         return all(_key(row) in there for row in wanted)
 
     def put(self, rows: Sequence[Row]) -> None:
-        """Keep rows, in place of older ones of the same measurement, and write the file."""
+        """Write rows to the file, in place of older ones of the same measurement."""
         name, head = self._head
         new = {_key(row) for row in rows}
         self.heads.setdefault(name, head)
@@ -56,10 +54,7 @@ class Store:
         write_json(self.path, {"heads": self.heads, "rows": self.rows})
 
     def latest(self, benchmark: str) -> tuple[dict[str, Any], list[Row]]:
-        """Head and rows of the machine and versions that measured this benchmark last; empty where none did.
-
-        Of sweeps over some size, the one measured last.
-        """
+        """Head and rows of the machine and versions that measured this benchmark last; of sweeps, the last one."""
         rows = [row for row in self.rows if row["benchmark"] == benchmark]
         if not rows:
             return {}, []

@@ -1,9 +1,10 @@
-"""Contenders timed in turns at one problem, their indices checked against the float64 oracle in the same run."""
+"""Contenders timed in turns on one problem; the float64 oracle checks their indices in the same run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,19 @@ from bench.contenders.base import Prepared
 from bench.harness.options import Options
 from bench.harness.outcome import DoesNotApplyError, failure, seconds_row
 from bench.harness.problems import Problem, dtype_name, make_inputs
+from bench.harness.run import Group
 from bench.harness.store import Row
 from fastvq import reference
 from fastvq.testing.measure import Clock, Timing
 
-# The oracle is slow: about a second for so many terms x_j, e_kj. This many tokens show an error of one in a thousand.
+# The oracle computes 5e8 terms x_j, e_kj in about a second. 1024 tokens show an error of one in a thousand.
 _CHECKED_TOKENS = 1024
 _CHECKED_TERMS = 5 * 10**8
 _LEAST_CHECKED = 64
 # On a GPU batches are rotated; they take at most this much memory.
 BATCH_BYTES = 4 << 30
+
+Check = Callable[[Row, Prepared, Any], None]
 
 
 def wanted(benchmark: str, problem: Problem, options: Options, names: Sequence[str], **more: Any) -> list[Row]:
@@ -32,6 +36,14 @@ def wanted(benchmark: str, problem: Problem, options: Options, names: Sequence[s
     row = {"benchmark": benchmark, "name": problem.name, **sizes, "dtype": dtype_name(problem.dtype)}
     row |= {"device": options.device.type, **more}
     return [{**row, "contender": name} for name in names]
+
+
+def timed_group(
+    benchmark: str, operation: str, problem: Problem, options: Options, label: str = "", **more: Any
+) -> Group:
+    """The contenders of an operation, timed together on one problem."""
+    rows = wanted(benchmark, problem, options, options.names(operation), **more)
+    return Group(label or problem.name, rows, partial(time_together, rows, operation, problem, options))
 
 
 def prepare(row: Row, operation: str, problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
@@ -49,9 +61,7 @@ def prepare(row: Row, operation: str, problem: Problem, batches: Sequence[Tensor
     return make(problem, batches, codebook)
 
 
-def first_calls(
-    rows: Sequence[Row], make: Callable[[Row], Prepared], check: Callable[[Row, Prepared, Any], None]
-) -> dict[str, Callable[[int], Any]]:
+def first_calls(rows: Sequence[Row], make: Callable[[Row], Prepared], check: Check) -> dict[str, Callable[[int], Any]]:
     """Prepare the contender of every row and call it once; the calls that ran, by name.
 
     Fills status and note, and the columns that ``check`` adds from the row, the contender and its first result.
@@ -89,13 +99,10 @@ def time_together(rows: Sequence[Row], operation: str, problem: Problem, options
     if options.device.type == "cuda":
         buffers = max(2, min(4, BATCH_BYTES // (4 * problem.tokens * problem.dim)))
     batches, codebook = make_inputs(problem, options.device, buffers)
-    judged = sample(problem)
-    expected = oracle(batches[0][judged.to(options.device)], codebook)
-
-    def check(row: Row, prepared: Prepared, result: Any) -> None:
-        if prepared.indices is not None:
-            row |= wrong_share(prepared.indices(result).cpu()[judged], expected)
-
+    # All tokens if they are few, otherwise as many as the oracle judges in about a second.
+    affordable = max(_LEAST_CHECKED, _CHECKED_TERMS // (problem.codes * problem.dim))
+    judged = torch.linspace(0, problem.tokens - 1, min(problem.tokens, _CHECKED_TOKENS, affordable)).long()
+    check = against_oracle(batches[0], codebook, judged)
     rows = [dict(row) for row in rows]
     calls = first_calls(rows, lambda row: prepare(row, operation, problem, batches, codebook), check)
     if options.device.type == "cuda":
@@ -104,22 +111,18 @@ def time_together(rows: Sequence[Row], operation: str, problem: Problem, options
     return rows
 
 
-def sample(problem: Problem) -> Tensor:
-    """Which tokens the oracle judges: all of a few, otherwise as many as it does in about a second."""
-    affordable = max(_LEAST_CHECKED, _CHECKED_TERMS // (problem.codes * problem.dim))
-    return torch.linspace(0, problem.tokens - 1, min(problem.tokens, _CHECKED_TOKENS, affordable)).long()
-
-
-def wrong_share(indices: Tensor, expected: Tensor) -> Row:
-    """Columns of a row: the share of indices that differ from the oracle's, and of how many."""
-    return {"wrong_share": float((indices != expected).double().mean()), "checked_tokens": len(expected)}
-
-
-def oracle(x: Tensor, codebook: Tensor) -> Tensor:
-    """The oracle's indices, on one thread: threads would wait for each other at every one of its small operations."""
+def against_oracle(x: Tensor, codebook: Tensor, judged: Tensor) -> Check:
+    """A check that fills the share of wrong indices among the tokens ``judged``, and how many those are."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # several threads would wait for each other at each of the oracle's small operations
     try:
-        return reference.nearest_code(x.cpu(), codebook.cpu())
+        expected = reference.nearest_code(x[judged.to(x.device)].cpu(), codebook.cpu())
     finally:
         torch.set_num_threads(threads)
+
+    def check(row: Row, prepared: Prepared, result: Any) -> None:
+        if prepared.indices is not None:
+            wrong = prepared.indices(result).cpu()[judged] != expected
+            row |= {"wrong_share": float(wrong.double().mean()), "checked_tokens": len(expected)}
+
+    return check

@@ -1,1 +1,1 @@
-"""What `python -m bench` measures."""
+"""The measurements of `python -m bench`."""

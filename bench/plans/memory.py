@@ -1,8 +1,8 @@
 """`python -m bench memory`: peak extra memory of a search and of a training step, over the number of codes.
 
-On a CPU the whole process counts: its largest resident set during one call, less the one before it, in a process of
-its own for every number. What libraries take without PyTorch's allocator, and on other threads, is in it. On a GPU:
-what PyTorch's allocator holds at the peak.
+CPU: the largest resident set of a process during one call, less the one before it; every number has a process of its
+own. This includes memory that libraries take on other threads or without PyTorch's allocator. GPU: the peak of
+PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import ctypes
 import gc
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from bench.contenders.base import Prepared
 from bench.harness.child import in_child
-from bench.harness.machine import limit_memory
+from bench.harness.machine import limit_memory, memory_field
 from bench.harness.options import Options
 from bench.harness.outcome import DoesNotApplyError, failure
 from bench.harness.problems import Problem, make_inputs
@@ -32,26 +33,27 @@ _USUAL = Problem("memory", 8192, 0, 64, whole=True)
 _CODES = (256, 1024, 4096, 16_384, 65_536, 262_144)
 _QUICK_TOKENS = 2048
 _QUICK_CODES = (256, 4096, 65_536)
-# Runs before the measurement, so that what libraries load and keep for good is there: as large as to go the same ways.
-_WARM_UP = {"tokens": 8192, "codes": 256}
+# The call before the measurement loads what libraries keep for good; large enough to take the same code paths.
+_WARM_UP_TOKENS, _WARM_UP_CODES = 8192, 256
 
 
-def plan(options: Options) -> list[Group]:
-    """One group per contender, operation and number of codes; tokens and dim are those of the shape asked for."""
+def plan(options: Options) -> Iterator[Group]:
+    """Peak extra memory of a search and of a training step; one group per contender, operation and number of codes.
+
+    Tokens and dim are those of the shape asked for.
+    """
     problem = replace(_USUAL, dtype=options.dtype or torch.float32)
     if shape := options.only_shape("memory"):
         problem = replace(problem, tokens=shape.tokens, dim=shape.dim)
     elif options.quick:
         problem = replace(problem, tokens=_QUICK_TOKENS)
     problem = replace(problem, name=f"{problem.tokens}×K×{problem.dim}")
-    groups = []
     for operation in ("search", "train"):
         for codes in _QUICK_CODES if options.quick else _CODES:
             sized = replace(problem, codes=codes)
             for row in wanted("memory", sized, options, options.names(operation), operation=operation):
                 label = f"{operation}, {codes} codes, {row['contender']}"
-                groups.append(Group(label, [row], partial(_measure, row, sized, options.device)))
-    return groups
+                yield Group(label, [row], partial(_measure, row, sized, options.device))
 
 
 def _measure(row: Row, problem: Problem, device: torch.device) -> list[Row]:
@@ -62,48 +64,39 @@ def _measure(row: Row, problem: Problem, device: torch.device) -> list[Row]:
         arguments = (row, problem, torch.get_num_threads())
         return [row | in_child(extra_resident, arguments, preload=("bench.plans.memory", "sklearn.metrics", "faiss"))]
     try:
-        return [row | _extra_on_gpu(row, problem, device)]
+        prepared = _prepare(row, problem, device)
+        prepared.call(0)
+        return [row | {"extra_bytes": peak_extra_memory(lambda: prepared.call(0), device)}]
     except Exception as error:  # whatever another library raises belongs into the table
         return [row | failure(error)]
     finally:
         torch.cuda.empty_cache()
 
 
-def _extra_on_gpu(row: Row, problem: Problem, device: torch.device) -> Row:
-    batches, codebook = make_inputs(problem, device)
-    prepared = prepare(row, row["operation"], problem, batches, codebook)
-    prepared.call(0)
-    return {"version": row["version"], "extra_bytes": peak_extra_memory(lambda: prepared.call(0), device)}
-
-
 def extra_resident(row: Row, problem: Problem, threads: int) -> Row:
     """Columns ``version`` and ``extra_bytes`` of one call in this process, which should have done nothing before.
 
     Raises:
-        DoesNotApplyError: not on Linux, where the system tells the peak of a resident set.
+        DoesNotApplyError: not on Linux, where the system reports the peak of a resident set.
     """
     if platform.system() != "Linux":
         raise DoesNotApplyError("needs /proc of Linux")
     torch.set_num_threads(threads)
     limit_memory()
     cpu = torch.device("cpu")
-    small = replace(problem, **_WARM_UP)  # type: ignore[arg-type]
-    batches, codebook = make_inputs(small, cpu)
-    prepare(row, row["operation"], small, batches, codebook).call(0)
-    batches, codebook = make_inputs(problem, cpu)
-    prepared = prepare(row, row["operation"], problem, batches, codebook)
+    _prepare(row, replace(problem, tokens=_WARM_UP_TOKENS, codes=_WARM_UP_CODES), cpu).call(0)
+    prepared = _prepare(row, problem, cpu)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
-    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory_field("/proc/self/status", "VmRSS")
     prepared.call(0)
-    return {"version": row["version"], "extra_bytes": _status("VmHWM") - before}
+    return {"version": row["version"], "extra_bytes": memory_field("/proc/self/status", "VmHWM") - before}
 
 
-def _status(name: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+def _prepare(row: Row, problem: Problem, device: torch.device) -> Prepared:
+    batches, codebook = make_inputs(problem, device)
+    return prepare(row, row["operation"], problem, batches, codebook)
 
 
 def growth(codes: Sequence[int], extra: Sequence[int], tokens: int, dim: int) -> dict[str, float]:
@@ -111,8 +104,8 @@ def growth(codes: Sequence[int], extra: Sequence[int], tokens: int, dim: int) ->
 
     Returns:
         ``codebooks``: b per 4 D bytes, ``matrices``: b per 4 N bytes, ``least`` and ``most``: the smallest and the
-        largest of ``extra - b K`` in bytes, and ``flat_from``: the smallest K from which on all extra memory is within
-        5 %, infinite where only that of the largest is.
+        largest of ``extra - b K`` in bytes, ``flat_from``: the smallest K from which on all extra memory is within
+        5 %, infinite if that is only the largest.
     """
     b = (extra[-1] - extra[-2]) / (codes[-1] - codes[-2])
     rest = [e - b * k for k, e in zip(codes, extra, strict=True)]

@@ -1,4 +1,4 @@
-"""What this machine can do at most: the rate of a matrix product, and of a copy, measured in the same run."""
+"""Upper bounds of this machine, measured in the same run: the rates of a matrix product and of a copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.harness.store import Row, Store
 from fastvq.cpu.matmul import product
 from fastvq.testing.measure import Clock
 
-# Three float32 matrices of 1 MiB: they stay in the cache of every processor of the last ten years.
+# Three float32 matrices of 1 MiB: they fit the cache of every processor of the last ten years.
 _PRODUCT = 512
 _PRODUCTS = 10
 # Far larger than any cache.
@@ -23,7 +23,7 @@ _REPEATS = 40
 
 
 def plan(options: Options) -> list[Group]:
-    """One group: on a CPU the float32 product in the cache, on a GPU the float16 product; and the copy."""
+    """One group: the copy, and the float32 product in the cache of a CPU or the float16 product of a GPU."""
     row = {"benchmark": "limits", "device": options.device.type}
     rows = [{**row, "name": name} for name in ("product", "copy")]
     return [Group("limits of the machine", rows, lambda: measure(rows, options.device))]
@@ -42,7 +42,7 @@ def _on_gpu(device: torch.device) -> tuple[float, float]:
 
 
 def _on_cpu(device: torch.device) -> tuple[float, float]:
-    """The best of several rounds: a limit is not to be beaten because a neighbour was busy."""
+    """The best of the repeats: other load on the machine must not lower an upper bound."""
     a, b = torch.randn(2, _PRODUCT, _PRODUCT)
     source = torch.ones(_COPY_BYTES // 4)
     target = torch.empty_like(source)
@@ -58,7 +58,7 @@ def _on_cpu(device: torch.device) -> tuple[float, float]:
 
 
 def limits_of(store: Store, rows: Sequence[Row]) -> dict[str, float]:
-    """Rates by name, measured on the machine of ``rows`` with the same versions; empty where they were not."""
+    """Rates by name, measured on the machine of ``rows`` with the same versions; empty if there are none."""
     heads = {row["head"] for row in rows}
     return {row["name"]: row["rate"] for row in store.rows if row["benchmark"] == "limits" and row["head"] in heads}
 
@@ -75,10 +75,7 @@ def least_bytes(row: Row) -> float:
 
 
 def share_of_limit(row: Row, limits: dict[str, float]) -> float | None:
-    """How much of what the product's rate and the copy's allow at this size a row reaches; None if it has no time.
-
-    The limit is ``min(product, copy · 2NKD / bytes)``.
-    """
+    """A row's rate over the limit ``min(product, copy · 2NKD / bytes)``; None if the row has no time."""
     if not limits or row.get("seconds") is None:
         return None
     limit = min(limits["product"], limits["copy"] * flop(row) / least_bytes(row))
