@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-# Draws standard normal numbers of a shape.
-_Normal = Callable[..., Tensor]
+_Normal = Callable[..., Tensor]  # draws standard normal numbers of a shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +24,7 @@ class Case:
 
 def adversarial_cases(seed: int = 0) -> Iterator[Case]:
     """All cases of ``fastvq verify``, the same for the same ``seed``; names are unique."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     families = _shapes, _offsets_and_scales, _ties, _outliers, _layouts, _special_values, _other_metrics, _extremes
     for family in families:
         yield from family(normal)
@@ -48,13 +44,10 @@ def _offsets_and_scales(normal: _Normal) -> Iterator[Case]:
     for sigmas in (3, 30, 1000):
         yield Case(f"offset of {sigmas} sigma", normal(200, 64) + sigmas, normal(300, 64) + sigmas)
     yield Case("tokens far from the codes", normal(200, 16) + 1000, normal(300, 16))
-    for name, of_tokens, of_codes in (
-        ("scale 1e-30", 1e-30, 1e-30),
-        ("scale 1e+30", 1e30, 1e30),
-        ("tokens 1e20 times the codes", 1e10, 1e-10),
-        ("codes 1e20 times the tokens", 1e-10, 1e10),
-    ):
-        yield Case(name, normal(100, 16) * of_tokens, normal(130, 16) * of_codes)
+    for scale in (1e-30, 1e30):
+        yield Case(f"scale {scale:.0e}", normal(100, 16) * scale, normal(130, 16) * scale)
+    yield Case("tokens 1e20 times the codes", normal(100, 16) * 1e10, normal(130, 16) * 1e-10)
+    yield Case("codes 1e20 times the tokens", normal(100, 16) * 1e-10, normal(130, 16) * 1e10)
     tiny = torch.finfo(torch.float32).smallest_normal
     yield Case("subnormal values", normal(50, 16) * tiny / 64, normal(70, 16) * tiny / 64)
 
@@ -132,8 +125,7 @@ def _other_metrics(normal: _Normal) -> Iterator[Case]:
 
 def _extremes(normal: _Normal) -> Iterator[Case]:
     """Numbers whose products or norms overflow or underflow, and codes that differ in less than one rounding."""
-    length = 2.0**20
-    codes = torch.tensor([[length, 4e-6], [length, -4e-6], [length, 4e-6 + 6e-11], [length, -4e-6]])
+    codes = torch.tensor([[2.0**20, value] for value in (4e-6, -4e-6, 4e-6 + 6e-11, -4e-6)])
     yield Case("dot, codes alike but for 1e-16 of their length", torch.ones(1, 2), codes, "dot")
     multiples = torch.tensor([[3.0, 3, 21], [1, 1, 7], [2, 2, 14], [7, 7, 49]])
     yield Case("cosine, parallel codes of integers", (4 * normal(40, 3)).round(), multiples, "cosine")
@@ -145,8 +137,7 @@ def _extremes(normal: _Normal) -> Iterator[Case]:
     opposite = -normal(60, 16).double().abs()
     opposite[::2] *= -1e300
     for metric in ("dot", "cosine"):
-        tokens = 1e10 * normal(20, 16).abs()
-        yield Case(f"{metric}, float64 codes whose squares overflow", tokens, opposite, metric)
+        yield Case(f"{metric}, float64 codes whose squares overflow", 1e10 * normal(20, 16).abs(), opposite, metric)
         for scale in (1e307, 1e-323):
             tokens = scale * normal(40, 2).double()
             yield Case(f"{metric}, float64 tokens of {scale:.0e}", tokens, 3 * normal(60, 2), metric)

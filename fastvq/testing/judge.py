@@ -56,10 +56,11 @@ def _judge(case: Case, oracle: Tensor, backend: str, device: torch.device) -> Ro
         with warnings.catch_warnings():
             # Interpreted kernels compute with NumPy, and their bounds may overflow to infinity.
             warnings.simplefilter("ignore", RuntimeWarning)
-            found = fastvq.nearest_code(x, codebook, metric=case.metric, backend=backend).cpu()
-            again = _in_packed_codes(x, codebook, case.metric) if backend == "torch" and len(x) else found
-    except Exception as error:
-        # An error fails this backend; the others still run.
+            found = again = fastvq.nearest_code(x, codebook, metric=case.metric, backend=backend).cpu()
+            if backend == "torch" and len(x):  # once more with a packed codebook, which few codes do not get
+                with torch.no_grad(), full_precision(x.device):
+                    again = search.search_packed(x, search.prepare(codebook, case.metric)).cpu()
+    except Exception as error:  # fails this backend; the others still run
         passed, result = False, f"{type(error).__name__}: {error}".splitlines()[0]
     else:
         wrong = int(((found != oracle) | (again != oracle)).sum())
@@ -68,9 +69,3 @@ def _judge(case: Case, oracle: Tensor, backend: str, device: torch.device) -> Ro
     shape = f"{len(case.x)}x{len(case.codebook)}x{case.x.shape[1]}"
     dtype = str(case.x.dtype).removeprefix("torch.")
     return Row(case.name, shape, dtype, f"{backend} {device.type}", "equal", result, seconds, passed)
-
-
-def _in_packed_codes(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """Indices found with a packed codebook, which the search itself does not use for few codes."""
-    with torch.no_grad(), full_precision(x.device):
-        return search.search_packed(x, search.prepare(codebook, metric)).cpu()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ SUBSET = (
 )
 
 
-def subset() -> list[Case]:
-    return [case for case in adversarial_cases() if case.name in SUBSET]
+def cases_named(*names: str) -> list[Case]:
+    return [case for case in adversarial_cases() if case.name in names]
 
 
 def test_case_names_are_unique_and_cover_the_subset():
@@ -67,7 +68,7 @@ def test_cases_hold_what_their_names_say():
     assert len(near.unique(dim=0)) > 10
 
 
-@pytest.mark.parametrize("case", subset(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_named(*SUBSET), ids=lambda case: case.name)
 def test_every_backend_passes(case, kernel_device):
     rows = list(judge_all([case], kernel_device))
     assert {row.backend.split()[0] for row in rows} == {"torch", "triton"}
@@ -82,25 +83,20 @@ def test_a_wrong_cpu_index_fails(monkeypatch):
 
     monkeypatch.setattr(cpu_search, "nearest_code", off_by_one)
     output = io.StringIO()
-    cases = [case for case in adversarial_cases() if case.name == "K 100"]
-    assert not print_verdicts(cases, CPU, Console(file=output, width=150))
+    assert not print_verdicts(cases_named("K 100"), CPU, Console(file=output, width=150))
     assert "1 wrong" in output.getvalue()
 
 
 def test_a_wrong_triton_index_fails(monkeypatch, kernel_device):
     monkeypatch.setattr(search, "nearest_code", lambda *problem: reference.nearest_code(*problem[:3]).clamp(min=0))
-    cases = [case for case in adversarial_cases() if case.name == "tokens with NaN"]
-    row = list(judge_all(cases, kernel_device))[-1]
+    row = list(judge_all(cases_named("tokens with NaN"), kernel_device))[-1]
     assert row.backend.startswith("triton")
     assert row.passed is False
     assert int(row.result.split()[0]) > 0
 
 
 def test_a_backend_that_raises_fails(monkeypatch):
-    def broken(x, codebook, metric, prepare_once):
-        raise RuntimeError("out of order")
-
-    monkeypatch.setattr(cpu_search, "nearest_code", broken)
+    monkeypatch.setattr(cpu_search, "nearest_code", Mock(side_effect=RuntimeError("out of order")))
     row = next(judge_all([next(adversarial_cases())], CPU))
     assert row.passed is False
     assert row.result == "RuntimeError: out of order"
