@@ -3,8 +3,8 @@
     python examples/train_vqvae.py --out vqvae-out
     torchrun --nproc-per-node 2 examples/train_vqvae.py --out vqvae-two
 
-Ctrl-C saves; the same command continues where it stopped, on a CPU bit for bit. Needs the extra ``demo``, for
-scikit-learn's two photographs: their middle is held out, crops of the rest train the model.
+Ctrl-C saves; the same command continues where it stopped, on a CPU bit for bit. Needs the extra ``demo``, which brings
+scikit-learn's two photographs. Their middle is held out; crops of the rest train the model.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Residual(nn.Sequential):
         super().__init__(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [b, width, h, w]``, and the same shape back."""
+        """``x [b, width, h, w]`` to the same shape."""
         return x + super().forward(x)
 
 
 class VQVAE(nn.Module):
-    """An encoder, a codebook of ``codes`` vectors of ``dim`` elements, a decoder: one token for 4 x 4 pixels."""
+    """Encoder, codebook of ``codes`` vectors of ``dim`` elements, decoder. One token stands for 4 x 4 pixels."""
 
     def __init__(self, codes: int, dim: int) -> None:
         super().__init__()
@@ -90,15 +90,15 @@ class VQVAE(nn.Module):
 def main(
     codes: Annotated[int, typer.Option(min=1, help="Size of the codebook.")] = 512,
     dim: Annotated[int, typer.Option(min=1, help="Elements of a code.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps in all.")] = 700,
+    steps: Annotated[int, typer.Option(min=1, help="Total number of training steps.")] = 700,
     batch: Annotated[int, typer.Option(min=1, help="Crops per step and process.")] = 16,
     crop: Annotated[int, typer.Option(min=8, max=160, help="Edge of a crop in pixels, a multiple of 4.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of all random draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="Seed of all random draws.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     save_every: Annotated[int, typer.Option(min=1, help="Steps from one saved state to the next.")] = 100,
     out: Annotated[Path, typer.Option(help="Directory for state and pictures.")] = Path("vqvae-out"),
 ) -> None:
-    """Train a VQ-VAE, or continue what OUT holds; writes state.pt, pictures.png and training.png."""
+    """Train a VQ-VAE, or continue the run in OUT. Writes state.pt, pictures.png and training.png."""
     if crop % 4:
         raise typer.BadParameter(f"crop must be a multiple of 4, got {crop}")
     with process_group(pick_device(device)) as (target, rank, world_size):
@@ -128,7 +128,7 @@ def main(
         with stop_on_interrupt() as interrupted, progress_bar(console) as progress:
             task = progress.add_task("", total=steps, completed=len(history))
             for step in range(len(history), steps):
-                # A seed for every step and rank: a run that continues needs no saved random state.
+                # Each step and rank has its own seed, so that a continued run needs no saved random state.
                 torch.manual_seed(seed * 1_000_003 + step * world_size + rank)
                 images = to_images(sampler.draw(batch, torch.default_generator), crop)
                 decoded, commitment = trained(images)
@@ -138,7 +138,7 @@ def main(
                 loss.backward()
                 optimizer.step()
 
-                # The ranks stop together, also when the signal reached them in different steps.
+                # All ranks stop in the same step, even if the signal reached them in different ones.
                 stop = torch.tensor(float(interrupted.is_set()), device=target)
                 sums = torch.stack([loss.detach(), error.detach(), stop])
                 if world_size > 1:
@@ -168,7 +168,7 @@ def main(
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[torch.device, int, int]]:
-    """This process's device, its rank, and the number of processes: as torchrun says, or 0 and 1 without it."""
+    """Device and rank of this process, and the number of processes. Without torchrun: rank 0 of 1."""
     if "RANK" not in os.environ:
         yield device, 0, 1
         return
@@ -188,7 +188,7 @@ def process_group(device: torch.device) -> Iterator[tuple[torch.device, int, int
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a step is finished before the state is saved."""
+    """Ctrl-C sets the event instead of raising, so that the step ends before the state is saved."""
     event = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: event.set())
     try:
@@ -198,13 +198,13 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
 
 def progress_bar(console: Console) -> Progress:
-    """One line: the bar, steps, values, time left."""
+    """One line with bar, steps, values and time left."""
     columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}"))
     return Progress(*columns, TimeRemainingColumn(compact=True), console=console)
 
 
 def split(photos: list[Photo], crop: int) -> tuple[list[Photo], list[Photo]]:
-    """What lies left and right of the middle two columns of crops, and those columns; all of whole crops."""
+    """Training and held-out parts: the middle two columns of crops are held out. Sides are cut to whole crops."""
     training, held_out = [], []
     for photo in photos:
         rows, columns = (side // crop for side in photo.pixels.shape[:2])
@@ -217,13 +217,13 @@ def split(photos: list[Photo], crop: int) -> tuple[list[Photo], list[Photo]]:
 
 
 def to_images(tokens: Tensor, crop: int) -> Tensor:
-    """Crops as ``fastvq.cli.demo.photos`` draws them, ``[n, 3 crop²]``, to ``[n, 3, crop, crop]``."""
-    # A view with channels last, which convolutions keep: the codebook reads its tokens where they lie.
+    """Crops ``[n, 3 crop²]``, as ``fastvq.cli.demo.photos`` draws them, to ``[n, 3, crop, crop]``."""
+    # A view with channels last. Convolutions keep this layout, so that the codebook reads its tokens without a copy.
     return tokens.view(-1, crop, crop, 3).permute(0, 3, 1, 2)
 
 
 def save_atomically(state: dict[str, Any], file: Path) -> None:
-    """A run that is killed while it saves leaves the state before."""
+    """Save so that a run killed meanwhile leaves the earlier state."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}")
     torch.save(state, unfinished)
@@ -231,7 +231,7 @@ def save_atomically(state: dict[str, Any], file: Path) -> None:
 
 
 def check_same_codebook(codebook: fastvq.EMACodebook, world_size: int) -> None:
-    """Raises RuntimeError if the codes of two ranks differ in a bit."""
+    """Raise RuntimeError if the codes of two ranks differ in a bit."""
     if world_size > 1:
         codes = [torch.empty_like(codebook.embeddings) for _ in range(world_size)]
         dist.all_gather(codes, codebook.embeddings)
@@ -241,7 +241,7 @@ def check_same_codebook(codebook: fastvq.EMACodebook, world_size: int) -> None:
 
 @torch.no_grad()
 def write_pictures(model: VQVAE, photos: list[Photo], crop: int, history: Tensor, out: Path) -> float:
-    """Reconstruct all crops of ``photos``; the PSNR of all, and pictures of eight of them."""
+    """Reconstruct all crops of ``photos``, write pictures of eight of them, and return the PSNR of all."""
     tokens = torch.cat([to_tokens(photo.pixels, crop) for photo in photos])
     images = to_images(tokens, crop).to(model.codebook.embeddings.device)
     originals, decoded = (to_pixels(x.permute(0, 2, 3, 1)).cpu() for x in (images, model(images)[0]))
