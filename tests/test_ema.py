@@ -7,7 +7,7 @@ import fastvq
 from fastvq.backends.choose import BACKENDS
 from fastvq.backends.operators import RECORDED
 from fastvq.common.ema_step import EMAStep
-from fastvq.cpu import ema
+from fastvq.cpu import ema, tuning
 from fastvq.testing.measure import peak_extra_memory
 
 DECAY = 0.99
@@ -54,7 +54,7 @@ def step(request, kernel_device):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_backends_agree_on_every_bit(monkeypatch, step, kernel_device, options):
-    monkeypatch.setattr(ema, "_BLOCK_VALUES", 500)
+    monkeypatch.setattr(tuning, "EMA_VALUES", 500)
     for k, d in ((1, 1), (7, 3), (300, 8), (33, 130)):
         state, statistics, rows = problem(k, d)
         given = {**options, "rows": rows} if "rows" in options else options

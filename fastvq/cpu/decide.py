@@ -6,25 +6,23 @@ import torch
 from torch import Tensor
 
 from fastvq import reference
-
-# Pairs are settled in pieces of this many float64 values (1 MiB), of which there are four at a time.
-_SETTLE_VALUES = 1 << 17
+from fastvq.cpu import tuning
 
 
-def settle(x: Tensor, codebook: Tensor, owners: Tensor, candidates: Tensor, metric: str, out: Tensor) -> None:
-    """Write to ``out [N]`` the winner of every token that has candidates: the lowest of those with the best score.
+def decide(x: Tensor, codebook: Tensor, owners: Tensor, candidates: Tensor, metric: str, out: Tensor) -> None:
+    """Write to ``out [N]`` the winner of every open token: the lowest of the candidates with the best score.
 
     Args:
         x: tokens ``[N, D]``.
         codebook: codes ``[K, D]``.
-        owners: row of ``x`` of each pair, int64 ``[pairs]``, in any order.
+        owners: token of each pair, int64 ``[pairs]``, in any order.
         candidates: code of each pair, int64 ``[pairs]``.
         metric: as in :func:`fastvq.reference.nearest_code`.
-        out: int64 ``[N]``; the other tokens' entries stay.
+        out: int64 ``[N]``; the entries of other tokens stay.
     """
-    step = max(1, _SETTLE_VALUES // x.shape[1])
-    pieces = zip(owners.split(step), candidates.split(step), strict=True)
-    score = torch.cat([_pair_score(x[tokens], codebook[codes], metric) for tokens, codes in pieces])
+    step = max(1, tuning.DECIDE_VALUES // x.shape[1])
+    blocks = zip(owners.split(step), candidates.split(step), strict=True)
+    score = torch.cat([_pair_score(x[tokens], codebook[codes], metric) for tokens, codes in blocks])
     best = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     best.scatter_reduce_(0, owners, score, "amax")
     winners = score == best[owners]
@@ -32,7 +30,7 @@ def settle(x: Tensor, codebook: Tensor, owners: Tensor, candidates: Tensor, metr
 
 
 def _pair_score(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
-    """:func:`fastvq.reference.pair_score` of rows. A running sum adds in ascending order, in one call on the CPU."""
+    """:func:`fastvq.reference.pair_score` of rows. On a CPU a running sum adds in ascending order, in one call."""
     tokens, codes = tokens.double(), codes.double()
     if tokens.device.type != "cpu":
         return reference.pair_score(tokens.t().contiguous(), codes.t().contiguous(), metric)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastvq.common.ema_step import EMAStep, is_dead
-
-# Values of a block of codes (1 MiB): temporaries stay in the cache, and memory does not grow with the codebook.
-_BLOCK_VALUES = 1 << 18
+from fastvq.cpu import tuning
 
 
 @torch.no_grad()
@@ -18,7 +16,7 @@ def ema_step(step: EMAStep) -> None:
     total = N.sum()
     kept = torch.where(total > 0, decay, 1.0)
     weights = (N + step.smoothing) / (total + len(N) * step.smoothing) * total
-    size = max(1, _BLOCK_VALUES // embeddings.shape[1])
+    size = max(1, tuning.EMA_VALUES // embeddings.shape[1])
     blocks = [slice(first, first + size) for first in range(0, len(N), size)]
     for block in blocks:
         z, e = z_avg[block], embeddings[block]

@@ -10,15 +10,13 @@ import torch
 import fastvq
 from fastvq import reference
 from fastvq.backends import codebook_cache
-from fastvq.cpu import scan_scores as direct
-from fastvq.cpu import scan_table as table
-from fastvq.cpu import search as cpu
+from fastvq.cpu import search, tuning
 
 
 @pytest.fixture(autouse=True)
 def small_problems_pack_as_large_ones_do(monkeypatch):
-    monkeypatch.setattr(table, "MOST_CODES", 0)
-    monkeypatch.setattr(direct, "FEW_SCORES", 0)
+    monkeypatch.setattr(tuning, "MOST_TABLE_CODES", 0)
+    monkeypatch.setattr(tuning, "FEW_SCORES", 0)
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -95,8 +93,8 @@ def test_copies_have_caches_of_their_own(evaluated, duplicate):
 
 def test_codebook_is_cached_while_nothing_is_learned(monkeypatch):
     packings = []
-    pack = cpu.pack
-    monkeypatch.setattr(cpu, "pack", lambda *args: packings.append(args) or pack(*args))
+    pack = search.pack
+    monkeypatch.setattr(search, "pack", lambda *args: packings.append(args) or pack(*args))
     module, z = fastvq.EMACodebook(70, 5).eval(), torch.randn(40, 5)
     module(z), module(z[:20])
     assert len(packings) == 1
@@ -119,7 +117,7 @@ def test_small_problems_are_searched_without_a_cache(monkeypatch):
     module = fastvq.EMACodebook(70, 5).eval()
     module(torch.randn(16, 5))
     assert module._codebook_cache._last is None
-    monkeypatch.setattr(direct, "FEW_SCORES", 70 * 40)
+    monkeypatch.setattr(tuning, "FEW_SCORES", 70 * 40)
     module(torch.randn(40, 5))
     assert module._codebook_cache._last is None
     module(torch.randn(41, 5))

@@ -12,23 +12,20 @@ from strategies import METRICS, problems
 import fastvq
 from fastvq import reference
 from fastvq.common.precision import full_precision
-from fastvq.cpu import decide as settle
-from fastvq.cpu import pack as packed
-from fastvq.cpu import scan_bf16 as coarse
-from fastvq.cpu import scan_groups as groups
-from fastvq.cpu import scan_scores as direct
-from fastvq.cpu import scan_table as table
-from fastvq.cpu import search as cpu
+from fastvq.cpu import bounds, scan_bf16, scan_scores, search, tuning
 
 ALWAYS, NEVER = (lambda *size: True), (lambda *size: False)
 MANY, NONE = 1 << 20, 0
 # What each way to search a problem, which follows from its size, takes the place of; and how it multiplies.
 WAYS = {
     "by size": ("oneDNN", {}),
-    "direct": ("MKL in parallel", {(table, "MOST_CODES"): MANY, (direct, "_TOKENS_PER_BLOCK"): 100}),
-    "table": ("oneDNN", {(table, "MOST_CODES"): MANY, (direct, "fits"): NEVER}),
-    "groups": ("oneDNN", {(table, "MOST_CODES"): NONE, (direct, "fits"): NEVER}),
-    "coarse": ("MKL", {(table, "MOST_CODES"): NONE, (direct, "fits"): NEVER, (coarse, "_FEWEST_RESCORED"): 2}),
+    "scores": ("MKL in parallel", {(tuning, "MOST_TABLE_CODES"): MANY, (tuning, "TOKENS_PER_BLOCK"): 100}),
+    "table": ("oneDNN", {(tuning, "MOST_TABLE_CODES"): MANY, (scan_scores, "fits"): NEVER}),
+    "groups": ("oneDNN", {(tuning, "MOST_TABLE_CODES"): NONE, (scan_scores, "fits"): NEVER}),
+    "bf16": (
+        "MKL",
+        {(tuning, "MOST_TABLE_CODES"): NONE, (scan_scores, "fits"): NEVER, (tuning, "FEWEST_REFINED"): 2},
+    ),
 }
 
 
@@ -41,8 +38,8 @@ def way(request):
         for (module, name), value in values.items():
             patch.setattr(module, name, value)
         if request.param != "by size":
-            patch.setattr(coarse, "pays", ALWAYS if request.param == "coarse" else NEVER)
-        if request.param == "direct":
+            patch.setattr(scan_bf16, "pays", ALWAYS if request.param == "bf16" else NEVER)
+        if request.param == "scores":
             set_product_values(patch, 1 << 9)
         yield
 
@@ -86,23 +83,23 @@ def test_oracle_keeps_ties_across_its_tiles_at_the_lowest_index():
 @pytest.mark.parametrize("offset", [0, 30])
 def test_indices_equal_float64(n, k, d, offset, metric):
     x, codebook = torch.randn(n, d) + offset, torch.randn(k, d) + offset
-    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("metric", METRICS)
 def test_indices_equal_float64_for_every_dtype(dtype, metric):
     x, codebook = (torch.randn(600, 12) + 3).to(dtype), (torch.randn(900, 12) + 3).to(dtype)
-    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
     mixed = codebook.float() + 1e-4
-    assert torch.equal(cpu.nearest_code(x, mixed, metric), reference.nearest_code(x, mixed, metric))
+    assert torch.equal(search.nearest_code(x, mixed, metric), reference.nearest_code(x, mixed, metric))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(problems())
 def test_indices_equal_float64_whatever_the_data(problem):
     x, codebook, metric = problem
-    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -110,28 +107,28 @@ def test_indices_equal_float64_whatever_the_data(problem):
 def test_indices_equal_float64_with_and_without_packing(problem):
     x, codebook, metric = problem
     expected = reference.nearest_code(x, codebook, metric)
-    for values, several, most in ((1 << 9, 1.0, 64), (1 << 9, 0.1, 1), (1 << 18, 1.0, 64), (1 << 18, 0.1, 1)):
+    for values, most_open, most in ((1 << 9, 1.0, 64), (1 << 9, 0.1, 1), (1 << 18, 1.0, 64), (1 << 18, 0.1, 1)):
         with pytest.MonkeyPatch.context() as patch:
             set_product_values(patch, values)
-            patch.setattr(direct, "_TOKENS_PER_BLOCK", 100)
-            patch.setattr(direct, "_MOST_SEVERAL", several)
-            patch.setattr(table, "MOST", most)
-            indices, left = direct.search(x.float(), codebook.float(), metric)
-            assert torch.equal(cpu.nearest_code(x, codebook, metric), expected)
-        known = torch.ones(len(x), dtype=torch.bool).index_fill_(0, left, False)
+            patch.setattr(tuning, "TOKENS_PER_BLOCK", 100)
+            patch.setattr(tuning, "MOST_OPEN", most_open)
+            patch.setattr(tuning, "MOST_CANDIDATES", most)
+            indices, undefined = scan_scores.search(x.float(), codebook.float(), metric)
+            assert torch.equal(search.nearest_code(x, codebook, metric), expected)
+        known = torch.ones(len(x), dtype=torch.bool).index_fill_(0, undefined, False)
         if torch.float64 not in (x.dtype, codebook.dtype):
             assert torch.equal(indices[known], expected[known])
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(problems(), st.integers(1, 50))
-def test_indices_equal_float64_in_parts_of_the_codebook(problem, codes):
+def test_indices_equal_float64_in_blocks_of_the_codebook(problem, codes):
     x, codebook, metric = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direct, "fits", lambda *problem: False)
-        patch.setattr(cpu, "_PART_CODES", codes)
-        patch.setattr(cpu, "_LEAST_PART_VALUES", 0)
-        assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+        patch.setattr(scan_scores, "fits", lambda *problem: False)
+        patch.setattr(tuning, "CODES_PER_BLOCK", codes)
+        patch.setattr(tuning, "LEAST_CODE_VALUES", 0)
+        assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
 
 
 @pytest.mark.parametrize("n", [1, 3, 40])
@@ -139,11 +136,11 @@ def test_indices_equal_float64_in_parts_of_the_codebook(problem, codes):
 def test_tokens_that_are_not_finite_get_minus_one_and_codes_never_win(n, metric):
     x, codebook = torch.randn(n, 9), torch.randn(300, 9)
     x[::3, 4] = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.arange(len(x[::3])) % 3]
-    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
     codebook[::7, 2], codebook[1::50, 3] = torch.nan, torch.inf
-    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
     x = torch.randn(n, 9)
-    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
 
 
 @pytest.mark.parametrize("spread", [0, 1e-7, 1e-5, 1e-3, 1e-1])
@@ -151,7 +148,7 @@ def test_tokens_that_are_not_finite_get_minus_one_and_codes_never_win(n, metric)
 def test_indices_equal_float64_for_tight_clumps_of_codes(clumps, spread):
     codebook = torch.randn(clumps, 16)[torch.arange(1500) % clumps] + spread * torch.randn(1500, 16)
     x = torch.cat([torch.randn(300, 16), codebook[:300] + spread * torch.randn(300, 16)])
-    assert torch.equal(cpu.nearest_code(x, codebook), reference.nearest_code(x, codebook))
+    assert torch.equal(search.nearest_code(x, codebook), reference.nearest_code(x, codebook))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -160,14 +157,14 @@ def test_indices_equal_float64_at_the_edges_of_float64(seed, token_exponent, cod
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(20, 5, generator=generator, dtype=torch.float64) * 2.0**token_exponent
     codebook = torch.randn(30, 5, generator=generator, dtype=torch.float64) * 2.0**code_exponent
-    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
 
 
 @pytest.mark.parametrize("step", [1, 7, 100, 512, 513])
 def test_indices_do_not_depend_on_the_batch_split(step):
     x, codebook = (2 * torch.randn(1030, 6)).round(), (2 * torch.randn(700, 6)).round()
-    split = torch.cat([cpu.nearest_code(part, codebook) for part in x.split(step)])
-    assert torch.equal(split, cpu.nearest_code(x, codebook))
+    split = torch.cat([search.nearest_code(part, codebook) for part in x.split(step)])
+    assert torch.equal(split, search.nearest_code(x, codebook))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -176,7 +173,7 @@ def test_indices_do_not_depend_on_the_number_of_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        indices = cpu.nearest_code(x, codebook)
+        indices = search.nearest_code(x, codebook)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -187,18 +184,19 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
     x, codebook = (2 * torch.randn(300, 6)).round(), (2 * torch.randn(700, 6)).round()
     expected = reference.nearest_code(x, codebook)
     for tokens, codes, values, most in ((7, 64, 1, 1), (1, 128, 1000, 100), (512, 1024, 1 << 21, 10**6)):
-        for module in (cpu, direct):
-            monkeypatch.setattr(module, "_TOKENS_PER_BLOCK", 3 * tokens)
-        for way in (coarse, groups):
-            monkeypatch.setattr(way, "_TOKENS_PER_PRODUCT", tokens)
-        for module in (table, groups):
-            monkeypatch.setattr(module, "MOST", most)
-        monkeypatch.setattr(groups, "_RESCORED_VALUES", values)
-        monkeypatch.setattr(groups, "_TOKENS_PER_BATCH", tokens)
         set_product_values(monkeypatch, codes * tokens)
-        monkeypatch.setattr(packed, "_GROUPS", ((0, codes // 8),))
-        monkeypatch.setattr(settle, "_SETTLE_VALUES", values)
-        assert torch.equal(cpu.nearest_code(x, codebook), expected)
+        sizes = {
+            "TOKENS_PER_BLOCK": 3 * tokens,
+            "TOKENS_PER_PRODUCT": tokens,
+            "MOST_CANDIDATES": most,
+            "REFINED_VALUES": values,
+            "TOKENS_PER_BATCH": tokens,
+            "GROUPS": ((0, codes // 8),),
+            "DECIDE_VALUES": values,
+        }
+        for name, size in sizes.items():
+            monkeypatch.setattr(tuning, name, size)
+        assert torch.equal(search.nearest_code(x, codebook), expected)
 
 
 PRECISIONS = (torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
@@ -274,11 +272,11 @@ def test_the_default_dtype_of_the_caller_changes_nothing(default_dtype, metric):
 
 
 def test_rows_too_long_for_the_bounds_are_searched_by_the_oracle(monkeypatch):
-    assert 0 < packed.error_constant(cpu._MOST_COLUMNS) < 0.2
-    x, codebook = torch.randn(9, cpu._MOST_COLUMNS + 1), torch.randn(5, cpu._MOST_COLUMNS + 1)
+    assert 0 < bounds.error_constant(bounds.MOST_COLUMNS) < 0.2
+    x, codebook = torch.randn(9, bounds.MOST_COLUMNS + 1), torch.randn(5, bounds.MOST_COLUMNS + 1)
     answer = torch.arange(9)
     monkeypatch.setattr(reference, "nearest_code", lambda *args: answer)
-    assert cpu.nearest_code(x, codebook) is answer
+    assert search.nearest_code(x, codebook) is answer
 
 
 def test_norms_are_rounded_correctly():
@@ -302,4 +300,4 @@ def test_expanded_formula_errs_where_the_search_does_not():
     x, codebook = torch.randn(2000, 128) + 30, torch.randn(1000, 128) + 30
     expected = reference.nearest_code(x, codebook)
     assert not torch.equal(reference.nearest_code_expanded(x, codebook), expected)
-    assert torch.equal(cpu.nearest_code(x, codebook), expected)
+    assert torch.equal(search.nearest_code(x, codebook), expected)

@@ -4,25 +4,25 @@ import math
 
 import pytest
 import torch
+from fastvq.cpu.bounds import UNIT_BF16
+from fastvq.cpu.pack import pack, pack_tokens
+from fastvq.cpu.pack_bf16 import round_tokens
 from hypothesis import assume, given, settings
 from strategies import METRICS, problems
 
 from fastvq import reference
-from fastvq.cpu import scan_bf16 as coarse
-from fastvq.cpu import search as cpu
-from fastvq.cpu.pack import error_constant, pack, pack_tokens
-from fastvq.cpu.pack_bf16 import UNIT, round_tokens
+from fastvq.cpu import scan_bf16, search
 
 
 def parts(x, codebook, metric):
     """Packed codes and tokens, those in bfloat16, and which tokens may be compared."""
-    prepared = cpu._in_frame(codebook, metric)
+    prepared = search._in_frame(codebook, metric)
     assume(prepared.frame is not None)
     packed = pack(prepared.codes, prepared.frame, in_bfloat16=True)
     rows, lower = torch.empty(len(x), packed.rows.shape[2]), torch.full((len(x),), -torch.inf)
-    to_lower = pack_tokens(x, packed.frame, out=rows)
-    coarse._raise_by_sample(lower, rows, packed, to_lower)
-    tokens = round_tokens(rows, to_lower, lower, packed.rounded.ratio, error_constant(x.shape[1]))
+    factors = pack_tokens(x, packed.frame, out=rows)
+    scan_bf16._raise_by_sample(lower, rows, packed, factors)
+    tokens = round_tokens(rows, factors, lower, packed.rounded.ratio)
     return packed, rows, tokens, ~lower.isnan()
 
 
@@ -40,14 +40,14 @@ def scores(packed, rows):
 def test_products_bound_the_scores_from_both_sides(problem):
     packed, rows, tokens, valid = parts(*problem)
     products = torch.matmul(packed.rounded.rows, tokens.rows.t()).float()[:, :, valid]
-    shift, to_lower = tokens.rows[valid, -1].double(), tokens.to_lower[:, valid].double()
+    shift, factors = tokens.rows[valid, -1].double(), tokens.factors[:, valid].double()
     shifted = scores(packed, rows[valid]) + shift
     # A sum that is at least a number is at least this number rounded, once it is rounded itself.
-    least = (shifted + to_lower[2]).float()
+    least = (shifted + factors[2]).float()
     assert (products >= torch.nextafter(least, torch.tensor(-torch.inf)).bfloat16()).all()
 
     best, largest = shifted.flatten(0, 1).amax(0), products.amax(1).double()
-    lower = (1 - 2 * UNIT) * largest + packed.norms.double() @ to_lower
+    lower = (1 - 2 * UNIT_BF16) * largest + packed.norms.double() @ factors
     assert (lower[largest >= 0] <= best.expand_as(lower)[largest >= 0]).all()
     assert (tokens.lower[valid] >= 0).all()
     assert (tokens.lower[valid] <= best).all()
@@ -58,25 +58,25 @@ def test_products_bound_the_scores_from_both_sides(problem):
 def test_tokens_with_many_groups_in_reach_are_searched_in_float32(monkeypatch, metric, spread):
     """Where bfloat16 cannot tell many codes apart: in two clumps, and tokens near one of them."""
     again = []
-    monkeypatch.setattr(coarse, "pays", lambda *size: True)
-    merge = coarse._with
-    monkeypatch.setattr(coarse, "_with", lambda found, others, at: again.append(len(at)) or merge(found, others, at))
+    monkeypatch.setattr(scan_bf16, "pays", lambda *size: True)
+    merge = scan_bf16._with
+    monkeypatch.setattr(scan_bf16, "_with", lambda found, others, at: again.append(len(at)) or merge(found, others, at))
     codebook = spread * torch.randn(4000, 64) + torch.tensor([[-1.0], [1.0]]).repeat(2000, 1)
     x = 1 + spread * torch.randn(500, 64)
-    assert torch.equal(cpu.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
+    assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
     assert (sum(again) > 250) == (spread < 1)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_kept_codebook_is_searched_alike(monkeypatch, metric):
-    monkeypatch.setattr(coarse, "pays", lambda *size: True)
+def test_a_cached_codebook_is_searched_alike(monkeypatch, metric):
+    monkeypatch.setattr(scan_bf16, "pays", lambda *size: True)
     x, codebook = torch.randn(300, 40) + 2, torch.randn(2100, 40) + 2
-    prepared = cpu.prepare(codebook, metric)
+    prepared = search.prepare(codebook, metric)
     assert prepared.packed.rounded is not None
     expected = reference.nearest_code(x, codebook, metric)
     for pays in (True, False):
-        monkeypatch.setattr(coarse, "pays", lambda *size, pays=pays: pays)
-        assert torch.equal(cpu.nearest_code(x, codebook, metric, lambda *_: prepared), expected)
+        monkeypatch.setattr(scan_bf16, "pays", lambda *size, pays=pays: pays)
+        assert torch.equal(search.nearest_code(x, codebook, metric, lambda *_: prepared), expected)
 
 
 def test_sums_are_float32_inside():
@@ -85,7 +85,9 @@ def test_sums_are_float32_inside():
     others = torch.randn(512, 4096).bfloat16()
     exact = terms.double() @ others.double().t()
     magnitudes = terms.double().abs() @ others.double().abs().t()
-    assert ((terms @ others.t()).double() - exact).abs().le(UNIT * exact.abs() + 4096 * 2.0**-24 * magnitudes).all()
+    assert (
+        ((terms @ others.t()).double() - exact).abs().le(UNIT_BF16 * exact.abs() + 4096 * 2.0**-24 * magnitudes).all()
+    )
 
 
 def codes(*size):
@@ -94,24 +96,24 @@ def codes(*size):
 
 def test_a_search_pays_with_many_tokens_and_codes(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert coarse.pays(4096, codes(8192, 64))
-    assert coarse.pays(math.inf, codes(4096, 32))
-    assert not coarse.pays(100, codes(8192, 64))
-    assert not coarse.pays(8192, codes(1000, 64))
-    assert not coarse.pays(8192, codes(8192, 8))
-    assert not coarse.pays(0, codes(8192, 64))
-    assert not coarse.pays(4096, codes(8192, 64).to("meta"))
+    assert scan_bf16.pays(4096, codes(8192, 64))
+    assert scan_bf16.pays(math.inf, codes(4096, 32))
+    assert not scan_bf16.pays(100, codes(8192, 64))
+    assert not scan_bf16.pays(8192, codes(1000, 64))
+    assert not scan_bf16.pays(8192, codes(8192, 8))
+    assert not scan_bf16.pays(0, codes(8192, 64))
+    assert not scan_bf16.pays(4096, codes(8192, 64).to("meta"))
 
 
 def test_without_matrix_units_it_pays_where_the_processor_multiplies_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert coarse.pays(8192, codes(2048, 64))
-    assert coarse.pays(8192, codes(8192, 16))
-    assert not coarse.pays(2048, codes(2048, 64))
+    assert scan_bf16.pays(8192, codes(2048, 64))
+    assert scan_bf16.pays(8192, codes(8192, 16))
+    assert not scan_bf16.pays(2048, codes(2048, 64))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not coarse.pays(8192, codes(8192, 64))
+    assert not scan_bf16.pays(8192, codes(8192, 64))
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not coarse.pays(8192, codes(8192, 64))
+    assert not scan_bf16.pays(8192, codes(8192, 64))
