@@ -1,8 +1,9 @@
-"""What the clocks of the GPU do, and the two ceilings that everything else is compared with."""
+"""Clocks of the GPU, and the two ceilings that everything else is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,20 +33,15 @@ def ceilings(device: torch.device, dry: bool) -> list[dict[str, Any]]:
     n, elements = (64, 1 << 12) if dry else (8192, 1 << 30)  # the copy is of 4 GiB
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    functions: dict[str, Callable[[int], object]] = {
-        f"copy of {source.nbytes >> 20} MiB": lambda _: target.copy_(source)
-    }
-    rates = {f"copy of {source.nbytes >> 20} MiB": ("tbps", 2 * source.nbytes / 1e12)}
+    copy = f"copy of {source.nbytes >> 20} MiB"
+    functions: dict[str, Callable[[int], object]] = {copy: lambda _: target.copy_(source)}
     for dtype in (torch.float16, torch.bfloat16):
-        name = f"{n}×{n}×{n} {dtype_name(dtype)} product"
-        functions[name] = _product(n, dtype, device)
-        rates[name] = ("tflops", 2 * n**3 / 1e12)
-    timings = Clock(device).interleaved(functions, 2 if dry else 30)
+        functions[f"{n}×{n}×{n} {dtype_name(dtype)} product"] = _product(n, dtype, device)
     rows = []
-    for name, timing in timings.items():
-        unit, work = rates[name]
-        under_load = clocks(device, lambda load=functions[name]: load(0), 150)  # type: ignore[misc]
-        rows.append({"name": name, unit: work / timing.median, **seconds_row(timing), "clocks": under_load})
+    for name, timing in Clock(device).interleaved(functions, 2 if dry else 30).items():
+        unit, work = ("tbps", 2 * source.nbytes) if name == copy else ("tflops", 2 * n**3)
+        under_load = clocks(device, partial(functions[name], 0), 150)
+        rows.append({"name": name, unit: work / 1e12 / timing.median, **seconds_row(timing), "clocks": under_load})
     return rows
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from torch import Tensor
 import fastvq
 from bench.contenders.base import with_heads
 from bench.gpu.problems import MODELS, PUBLISHED, tiny
-from bench.gpu.stage import Row, Stage
+from bench.gpu.stage import Stage
 from bench.gpu.sweep import variations
-from bench.gpu.workers import Workers
-from bench.harness.problems import Problem, make_inputs
+from bench.harness.problems import Problem, dtype_name, make_inputs
+from bench.harness.store import Row
 from fastvq.testing.cases import adversarial_cases
 from fastvq.testing.judge import judge_all
 
@@ -25,22 +26,7 @@ _ORACLE_TERMS = 5 * 10**8
 # Not a multiple of any tile.
 _MOST_TOKENS = 200_003
 _CASES_PER_TASK = 4
-
-
-class _Cases(NamedTuple):
-    """Adversarial cases by their place in the sequence, judged on one device."""
-
-    places: tuple[int, ...]
-    device: torch.device
-
-
-class _Sampled(NamedTuple):
-    """A problem of which some tokens are judged by the oracle."""
-
-    problem: Problem
-    kind: str
-    device: torch.device
-    configs: int  # so many other launch configurations must give the same indices
+Task = Callable[[], list[Row]]
 
 
 def smoke(stage: Stage) -> None:
@@ -49,10 +35,9 @@ def smoke(stage: Stage) -> None:
     x, codebook = torch.randn(300, 64, device=device), torch.randn(500, 64, device=device)
     for call in ("first", "second"):
         start = time.perf_counter()
-        found = fastvq.nearest_code(x[:12] if stage.dry else x, codebook, backend="triton").cpu()
+        found = _search(x[:12] if stage.dry else x, codebook).cpu()
         seconds = time.perf_counter() - start
-        expected = fastvq.reference.nearest_code(x.cpu(), codebook.cpu())[: len(found)]
-        wrong = int((found != expected).sum())
+        wrong = int((found != _oracle(x[: len(found)], codebook)).sum())
         stage.add({"name": f"{call} search, 300×500×64", "seconds": seconds, "wrong": wrong, "passed": wrong == 0})
 
 
@@ -60,101 +45,91 @@ def exactness(stage: Stage) -> None:
     """Adversarial cases of ``fastvq verify``, then the timed sizes with a sample of tokens for the oracle."""
     n_cases = sum(1 for _ in adversarial_cases())
     places = range(0, n_cases, 40) if stage.dry else range(n_cases)
-    # Neighbours are spread: they often share a width, which one process then compiles while others do other widths.
+    # Neighbours often share a width. Spread over tasks, they let other processes compile other widths.
     n_tasks = max(1, len(places) // _CASES_PER_TASK)
-    tasks: list[Any] = [_Cases(tuple(places[i::n_tasks]), stage.device) for i in range(n_tasks)]
+    cases: dict[str, Task] = {}
+    for taken in (places[i::n_tasks] for i in range(n_tasks)):
+        cases[f"cases {', '.join(map(str, taken))}"] = partial(judge_cases, taken, stage.device)
     sampled = list(_sampled(stage))
-    with Workers(stage.workers) as workers:
-        for outcome in workers.run(_judge, [*sampled[:2], *tasks, *sampled[2:]], stage.deadline):
-            for row in outcome.result or []:
-                stage.add(row)
-            if outcome.error.startswith("cut"):
-                stage.document["status"] = "cut"
-                stage.note(f"{outcome.error}: {_label(outcome.task)}")
-            elif outcome.error:
-                stage.add({"name": _label(outcome.task), "passed": False, "result": outcome.error})
+    for outcome in stage.outcomes(dict([*sampled[:2], *cases.items(), *sampled[2:]])):
+        for row in outcome.result or []:
+            stage.add(row)
+        if outcome.error.startswith("cut"):
+            stage.note(f"{outcome.error}: {outcome.key}")
+        elif outcome.error:
+            stage.add({"name": outcome.key, "passed": False, "result": outcome.error})
 
 
-def _label(task: Any) -> str:
-    if isinstance(task, _Cases):
-        return f"cases {', '.join(map(str, task.places))}"
-    return f"{task.problem.name} {task.problem.size} {task.kind}"
+def _sampled(stage: Stage) -> Iterator[tuple[str, Task]]:
+    """Tasks by name; ``n_configs`` other launch configurations must give the same indices."""
 
+    def task(problem: Problem, kind: str, n_configs: int) -> tuple[str, Task]:
+        label = f"{problem.name} {problem.size} {dtype_name(problem.dtype)} {kind}"
+        return label, partial(judge_sample, problem, kind, stage.device, n_configs)
 
-def _sampled(stage: Stage) -> Iterator[_Sampled]:
-    kinds = ("gaussian", "offset", "near")
     if stage.dry:
-        yield _Sampled(tiny(replace(MODELS[0], name="heads", heads=2)), "near", stage.device, 1)
+        yield task(tiny(replace(MODELS[0], name="heads", heads=2)), "near", 1)
         return
     problems = [PUBLISHED[0], *MODELS, *PUBLISHED[1:]]
     for i, problem in enumerate(problems[:6] if stage.quick else problems):
-        tokens = min(problem.tokens, _MOST_TOKENS)
-        yield _Sampled(replace(problem, tokens=tokens), kinds[i % 3], stage.device, 2 if i % 3 == 0 else 0)
+        smaller = replace(problem, tokens=min(problem.tokens, _MOST_TOKENS))
+        yield task(smaller, ("gaussian", "offset", "near")[i % 3], 2 if i % 3 == 0 else 0)
     for metric, dtype in (("dot", torch.float16), ("cosine", torch.bfloat16), ("euclidean", torch.bfloat16)):
         problem = Problem(f"heads, {metric}", 3001, 1000, 32, heads=3, metric=metric, dtype=dtype)
-        yield _Sampled(problem, "offset", stage.device, 1)
-    yield _Sampled(PUBLISHED[2], "gaussian", stage.device, 0)
+        yield task(problem, "offset", 1)
+    yield task(PUBLISHED[2], "gaussian", 0)
 
 
-def _judge(task: _Cases | _Sampled) -> list[Row]:
-    if isinstance(task, _Sampled):
-        return [_judge_sampled(task)]
-    wanted = (case for i, case in enumerate(adversarial_cases()) if i in task.places)
-    rows = [asdict(row) for row in judge_all(wanted, task.device)]
-    return [{"name": f"{row['case']}, {row['backend']}", **row} for row in rows]
+def judge_cases(places: Sequence[int], device: torch.device) -> list[Row]:
+    """Rows of the adversarial cases at these places of their sequence."""
+    rows = judge_all((case for i, case in enumerate(adversarial_cases()) if i in places), device)
+    return [{"name": f"{row.case}, {row.backend}", **asdict(row)} for row in rows]
 
 
 @torch.no_grad()
-def _judge_sampled(task: _Sampled) -> Row:
+def judge_sample(problem: Problem, kind: str, device: torch.device, n_configs: int) -> list[Row]:
     """Indices of a sample against the oracle, and all indices against other batch splits and configurations."""
     start = time.perf_counter()
-    problem, metric = task.problem, task.problem.metric
-    (x,), codebook = make_inputs(problem, task.device, kind=task.kind, seed=7)
-    found = fastvq.nearest_code(x, codebook, metric=metric, backend="triton")
-    differing = {name: int((other != found).sum()) for name, other in _other_ways(task, x, codebook)}
-    n = max(16, min(512, _ORACLE_TERMS // (codebook.numel())))
-    some = torch.linspace(0, problem.tokens - 1, min(n, problem.tokens)).long()
-    sample = x[..., some.to(x.device), :].cpu()
-    expected = fastvq.nearest_code(sample, codebook.cpu(), metric=metric, backend="reference")
-    wrong = int((found.cpu()[..., some] != expected).sum())
+    (x,), codebook = make_inputs(problem, device, kind=kind, seed=7)
+    found = _search(x, codebook, problem.metric)
+    differing = {name: int((other != found).sum()) for name, other in _other_ways(problem, x, codebook, n_configs)}
+    n = max(16, min(512, _ORACLE_TERMS // codebook.numel()))
+    sample = torch.linspace(0, problem.tokens - 1, min(n, problem.tokens)).long()
+    expected = _oracle(x[..., sample.to(device), :], codebook, problem.metric)
+    wrong = int((found.cpu()[..., sample] != expected).sum())
     unequal = {name: count for name, count in differing.items() if count}
     result = f"{wrong} wrong of {expected.numel()}" + "".join(f"; {name}: {n} differ" for name, n in unequal.items())
-    if task.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-    return {
-        **problem.describe(),
-        "name": f"{problem.name}, {task.kind}",
-        "passed": wrong == 0 and not unequal,
-        "result": result,
-        "checks": ["oracle", *differing],
-        "seconds": time.perf_counter() - start,
-    }
+    verdict = {"passed": wrong == 0 and not unequal, "result": result, "checks": ["oracle", *differing]}
+    seconds = time.perf_counter() - start
+    return [{**problem.describe(), "name": f"{problem.name}, {kind}", **verdict, "seconds": seconds}]
 
 
-def _other_ways(task: _Sampled, x: Tensor, codebook: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The same search in parts of the batch and with other launch configurations."""
+def _search(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+    return fastvq.nearest_code(x, codebook, metric=metric, backend="triton")
+
+
+def _oracle(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+    return fastvq.nearest_code(x.cpu(), codebook.cpu(), metric=metric, backend="reference")
+
+
+def _other_ways(problem: Problem, x: Tensor, codebook: Tensor, n_configs: int) -> Iterator[tuple[str, Tensor]]:
+    """The same search in slices of the batch and with other launch configurations."""
     from triton.runtime.errors import OutOfResources
 
     from fastvq_kernels.configs import packed_width
     from fastvq_kernels.search.pack_codes import pack_codebook
     from fastvq_kernels.search.pipeline import certified_search
 
-    problem = task.problem
     if problem.tokens > 3:
-        cuts = [1, problem.tokens // 3, problem.tokens - 1 - problem.tokens // 3]
-        parts = [
-            fastvq.nearest_code(part, codebook, metric=problem.metric, backend="triton")
-            for part in x.split(cuts, dim=-2)
-            if part.shape[-2]
-        ]
-        yield "batch splits", torch.cat(parts, -1)
-    for config in variations(packed_width(problem.dim))[1 : 1 + task.configs]:
+        sizes = [1, problem.tokens // 3, problem.tokens - 1 - problem.tokens // 3]
+        slices = [_search(rows, codebook, problem.metric) for rows in x.split(sizes, dim=-2)]
+        yield "batch splits", torch.cat(slices, -1)
+    for config in variations(packed_width(problem.dim))[1 : 1 + n_configs]:
         packed = pack_codebook(codebook, problem.metric, config)
-        try:
-            found = certified_search(with_heads(x), packed)[0]
-        except OutOfResources:  # not every variation fits the chip; the sweep says which
-            continue
-        yield f"{config}", found.view(x.shape[:-1])
+        with suppress(OutOfResources):  # not every variation fits the chip; the sweep says which
+            yield f"{config}", certified_search(with_heads(x), packed)[0].view(x.shape[:-1])
 
 
 def sanitize(device: torch.device) -> bool:
@@ -171,9 +146,9 @@ def sanitize(device: torch.device) -> bool:
         (x,), codebook = make_inputs(problem, torch.device("cpu"))
         x[..., 3, 0] = torch.nan
         codebook[..., 5, -1] = torch.inf
-        codebook[..., 40:44, :] = codebook[..., 10:14, :]  # ties: left for the last stage
-        found = fastvq.nearest_code(x.to(device), codebook.to(device), metric=metric, backend="triton").cpu()
-        wrong = int((found != fastvq.nearest_code(x, codebook, metric=metric, backend="reference")).sum())
+        codebook[..., 40:44, :] = codebook[..., 10:14, :]  # ties
+        found = _search(x.to(device), codebook.to(device), metric).cpu()
+        wrong = int((found != _oracle(x, codebook, metric)).sum())
         right &= wrong == 0
         print(f"{problem.size} {metric}: {wrong} wrong", flush=True)
     return right

@@ -1,89 +1,65 @@
-"""flash-kmeans at its best: the launch configurations of its tuning grid, tried for every published size."""
+"""flash-kmeans at its best: its tuning grid of launch configurations, tried for every published size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from itertools import product
 
 import torch
-from torch import Tensor
 
 from bench.contenders import flash_kmeans
-from bench.contenders.base import Prepare, Prepared
 from bench.gpu.problems import PUBLISHED, tiny
 from bench.gpu.rows import RIVALS, measure
 from bench.gpu.stage import Stage
-from bench.gpu.workers import Workers
 from bench.harness.problems import Problem, make_inputs
-from fastvq.testing.measure import Clock
+
+_BEST = "flash-kmeans best"
 
 
 def flash(stage: Stage) -> None:
-    """Each published size at flash-kmeans' best configuration, in turns with fastvq and with it as shipped."""
-    problems = [tiny(PUBLISHED[0])] if stage.dry else list(PUBLISHED)
-    clock = Clock(stage.device)
-    with Workers(stage.workers) as workers:
-        for problem in stage.while_time(problems, lambda problem: problem.name):
-            with stage.guarded(problem.name):
-                _time_flash(stage, workers, clock, problem)
+    """At each published size flash-kmeans at its best configuration and as shipped, in turns with fastvq."""
+    for problem in stage.while_time([tiny(PUBLISHED[0])] if stage.dry else PUBLISHED, lambda problem: problem.name):
+        with stage.guarded(problem.name):
+            best, note = _best(stage, problem)
+            if best is None:
+                stage.add({**problem.describe(), "contender": _BEST, "status": "failed", "note": note})
+                continue
+            rivals = {name: RIVALS[name] for name in ("fastvq", "fastvq packed", "flash-kmeans")}
+            rivals[_BEST] = partial(flash_kmeans.search, config=best)
+            for row in measure(stage, problem, rivals):
+                stage.add({**row, "note": f"{best}; {note}"} if row["contender"] == _BEST else row)
 
 
-def _time_flash(stage: Stage, workers: Workers, clock: Clock, problem: Problem) -> None:
-    best, note = _best_flash(stage, workers, clock, problem)
-    if best is None:
-        stage.add({**problem.describe(), "contender": "flash-kmeans best", "status": "failed", "note": note})
-        return
-
-    def prepare_best(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
-        return flash_kmeans.search(problem, batches, codebook, best)
-
-    rivals: dict[str, Prepare] = {
-        **{name: RIVALS[name] for name in ("fastvq", "fastvq packed", "flash-kmeans")},
-        "flash-kmeans best": prepare_best,
-    }
-    for row in measure(stage, clock, problem, rivals):
-        stage.add({**row, "note": f"{best}; {note}"} if row["contender"] == "flash-kmeans best" else row)
-
-
-class _FlashTask(NamedTuple):
-    problem: Problem
-    config: tuple[tuple[str, int], ...]
-    device: torch.device
-
-
-def flash_configs(dim: int) -> list[dict[str, int]]:
-    """What flash-kmeans' own tuning grid has of tiles of at least 64 by 64, without those beyond shared memory."""
-    grid = [
-        {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-        for n in (128, 64)
-        for k in (128, 64)
-        for warps in (4, 8)
-        for stages in (1, 2, 4)
-    ]
-    return [
-        config for config in grid if 2 * dim * (config["BLOCK_N"] + config["num_stages"] * config["BLOCK_K"]) < 230_000
-    ]
-
-
-def run_flash(task: _FlashTask) -> None:
-    """Compile and run flash-kmeans once; its number of tokens is compiled in, so all of them are there."""
-    (x,), codebook = make_inputs(task.problem, task.device)
-    flash_kmeans.search(task.problem, [x], codebook, dict(task.config)).call(0)
-    torch.cuda.synchronize()
-    del x
-    torch.cuda.empty_cache()
-
-
-def _best_flash(stage: Stage, workers: Workers, clock: Clock, problem: Problem) -> tuple[dict[str, int] | None, str]:
-    tasks = [_FlashTask(problem, tuple(config.items()), stage.device) for config in flash_configs(problem.dim)]
-    outcomes = list(workers.run(run_flash, tasks[:1] if stage.dry else tasks, stage.deadline))
-    good = [dict(outcome.task.config) for outcome in outcomes if not outcome.error]
+def _best(stage: Stage, problem: Problem) -> tuple[dict[str, int] | None, str]:
+    """The fastest configuration, or None, and a note."""
+    configs = {str(config): config for config in flash_configs(problem.dim)[: 1 if stage.dry else None]}
+    tasks = {name: partial(run_flash, problem, config, stage.device) for name, config in configs.items()}
+    outcomes = list(stage.outcomes(tasks))
+    good = [outcome.key for outcome in outcomes if not outcome.error]
     if not good:
         return None, outcomes[0].error
     batches, codebook = make_inputs(problem, stage.device, 2)
-    calls = {str(config): flash_kmeans.search(problem, batches, codebook, config).call for config in good}
-    timings = clock.interleaved(calls, 3)
+    calls = {name: flash_kmeans.search(problem, batches, codebook, configs[name]).call for name in good}
+    timings = stage.clock.interleaved(calls, 3)
     if not timings:
-        return None, str(clock.errors)[:500]
-    best = min((config for config in good if str(config) in timings), key=lambda config: timings[str(config)].median)
-    return best, f"best of {len(good)} configurations, {len(tasks) - len(good)} did not run"
+        return None, str(stage.clock.errors)[:500]
+    best = min(timings, key=lambda name: timings[name].median)
+    return configs[best], f"best of {len(good)} configurations, {len(tasks) - len(good)} did not run"
+
+
+def flash_configs(dim: int) -> list[dict[str, int]]:
+    """flash-kmeans' own tuning grid from tiles of 64 by 64, as far as it fits into shared memory."""
+    return [
+        {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for n, k, warps, stages in product((128, 64), (128, 64), (4, 8), (1, 2, 4))
+        if 2 * dim * (n + stages * k) < 230_000
+    ]
+
+
+def run_flash(problem: Problem, config: dict[str, int], device: torch.device) -> None:
+    """Compile and run flash-kmeans once, with all tokens: it compiles their number in."""
+    (x,), codebook = make_inputs(problem, device)
+    flash_kmeans.search(problem, [x], codebook, config).call(0)
+    torch.cuda.synchronize()
+    del x
+    torch.cuda.empty_cache()

@@ -1,8 +1,9 @@
-"""Kernels of a call as PyTorch's profiler sees them, and what has been compiled for them."""
+"""The kernels of a call as PyTorch's profiler sees them, and their compiled versions."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ class Kernel(NamedTuple):
 
 
 def kernels_of(function: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """What ``function`` runs on the device, in the order of the start; on the CPU PyTorch's operators.
+    """Kernels that ``function`` runs on the device, in order of their start; on the CPU PyTorch's operators.
 
     Raises:
         RuntimeError: the profiler saw nothing.
@@ -42,38 +43,33 @@ def kernels_of(function: Callable[[], object], device: torch.device) -> list[Ker
 
 
 def stage_seconds(function: Callable[[], object], calls: int, device: torch.device) -> dict[str, Any]:
-    """Seconds per call on the device of each of fastvq's kernels, and of everything PyTorch runs around them.
+    """Seconds on the device of each fastvq kernel, and of everything PyTorch runs around them.
 
     Returns:
-        ``seconds`` by kernel name and under ``"torch"``, and ``launches`` per call.
+        ``seconds`` per call by kernel name and under ``"torch"``, and ``launches`` per call.
     """
-
-    def repeated() -> None:
-        for _ in range(calls):
-            function()
-
-    found = kernels_of(repeated, device)
-    seconds: dict[str, float] = {}
+    found = kernels_of(lambda: [function() for _ in range(calls)], device)
+    seconds: dict[str, float] = defaultdict(float)
     for kernel in found:
-        name = stage_name(kernel.name)
-        seconds[name] = seconds.get(name, 0.0) + kernel.duration / 1e6 / calls
-    return {"seconds": seconds, "launches": len(found) / calls}
+        seconds[stage_name(kernel.name)] += kernel.duration / 1e6 / calls
+    return {"seconds": dict(seconds), "launches": len(found) / calls}
 
 
 def stage_name(kernel: str) -> str:
-    """``scan`` of ``scan_kernel``; ``torch`` for kernels that are not fastvq's, whose names are C++."""
+    """``scan`` for ``scan_kernel``; ``torch`` for PyTorch's kernels, whose names are C++."""
     name = kernel.split("(")[0].strip()
     return name.removesuffix("_kernel") if name.endswith("_kernel") and name.isidentifier() else "torch"
 
 
 def compiled_versions(kernel: Any) -> list[Any]:
-    """What this process has compiled or loaded of a Triton kernel, the oldest first; nothing when interpreted."""
+    """Versions of a Triton kernel that this process has compiled or loaded, oldest first; none when interpreted."""
     caches = getattr(kernel, "device_caches", {})
     return [compiled for entry in caches.values() for compiled in entry[0].values()]
 
 
-def count_compiled() -> dict[str, int]:
-    """Compiled versions of every kernel in ``fastvq_kernels``, by name; empty when interpreted."""
+def count_compiled() -> Counter[str]:
+    """Number of compiled versions of every kernel in ``fastvq_kernels``; empty when interpreted."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("fastvq_kernels.")]
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
-    return {name: len(compiled_versions(value)) for name, value in kernels.items() if hasattr(value, "device_caches")}
+    names = [name for name, kernel in kernels.items() if hasattr(kernel, "device_caches")]
+    return Counter({name: len(compiled_versions(kernels[name])) for name in names})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ from bench.contenders.base import Prepare, Prepared
 from bench.gpu.device import ceilings, clocks
 from bench.gpu.kernels import stage_seconds
 from bench.gpu.problems import MODELS, PUBLISHED, published, tiny
-from bench.gpu.stage import Row, Stage
-from bench.gpu.workers import Workers
+from bench.gpu.stage import Stage
 from bench.harness.outcome import describe
-from bench.harness.problems import Problem, make_inputs
+from bench.harness.problems import Problem, dtype_name, make_inputs
+from bench.harness.store import Row
 from bench.harness.timed import BATCH_BYTES, fill_times, first_calls
-from fastvq.testing.measure import Clock, peak_extra_memory
+from fastvq.testing.measure import peak_extra_memory
 
 _REPEATS = 25
 # Of Gaussian tokens a few in a hundred are; an error bound that has come out infinite leaves all.
@@ -54,54 +55,41 @@ def _time_all(stage: Stage, problems: list[Problem]) -> None:
     if stage.dry:
         problems = [tiny(problems[0])]
     broken = _compile(stage, problems)
-    clock = Clock(stage.device)
-    for problem in stage.while_time(problems, lambda problem: f"{problem.name} {problem.describe()['dtype']}"):
+    for problem in stage.while_time(problems, _label):
         contenders = dict(RIVALS)
         if problem.dtype != torch.float32 and problem.name != PUBLISHED[0].name:
             contenders = {name: make for name, make in contenders.items() if name not in _SLOW_CONTENDERS}
-        with stage.guarded(f"{problem.name} {problem.describe()['dtype']}"):
-            for row in measure(stage, clock, problem, contenders, broken.get(problem, "")):
+        with stage.guarded(_label(problem)):
+            for row in measure(stage, problem, contenders, broken.get(problem, "")):
                 stage.add(row)
-        if stage.device.type == "cuda":
-            torch.cuda.empty_cache()
+        stage.free_memory()
 
 
-class _Warm(NamedTuple):
-    problem: Problem
-    device: torch.device
+def _label(problem: Problem) -> str:
+    return f"{problem.name} {dtype_name(problem.dtype)}"
 
 
 def _compile(stage: Stage, problems: list[Problem]) -> dict[Problem, str]:
-    """Compile fastvq's kernels for all problems at once; errors by problem, which then is not run in this process."""
-    if not stage.workers:
+    """Compile fastvq's kernels for all problems at once; errors by problem, which this process then does not run."""
+    if not stage.workers.count:
         return {}
-    with Workers(stage.workers) as workers:
-        outcomes = list(workers.run(warm, [_Warm(problem, stage.device) for problem in problems], stage.deadline))
-    return {outcome.task.problem: outcome.error for outcome in outcomes if not outcome.error.startswith("cut")}
+    outcomes = list(stage.outcomes({problem: partial(warm, problem, stage.device) for problem in problems}))
+    stage.workers.end()
+    return {outcome.key: outcome.error for outcome in outcomes if not outcome.error.startswith("cut")}
 
 
-def warm(task: _Warm) -> None:
-    """One search of the kind, with fewer tokens: their number is no part of what is compiled."""
-    problem = task.problem
+def warm(problem: Problem, device: torch.device) -> None:
+    """One search with fewer tokens: kernels do not depend on their number."""
     smaller = replace(problem, tokens=min(problem.tokens, 65_536))
-    (x,), codebook = make_inputs(smaller, task.device)
+    (x,), codebook = make_inputs(smaller, device)
     ours.search_kernels(smaller, [x], codebook).call(0)
-    if task.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-def measure(
-    stage: Stage, clock: Clock, problem: Problem, contenders: Mapping[str, Prepare], broken: str = ""
-) -> list[Row]:
-    """Time all contenders of one problem in turns.
-
-    Args:
-        stage: device, deadline and mode.
-        clock: of the device.
-        problem: the search.
-        contenders: preparations by name.
-        broken: why fastvq cannot run, if so.
+def measure(stage: Stage, problem: Problem, contenders: Mapping[str, Prepare], broken: str = "") -> list[Row]:
+    """Time contenders in turns on one problem; fastvq cannot run if ``broken`` says why.
 
     Returns:
         One row per contender; ``status`` is ``"ok"`` or that of :func:`bench.harness.outcome.failure`, with ``note``.
@@ -134,7 +122,7 @@ def measure(
     rows: list[Row] = [{**problem.describe(), "contender": name, "seconds": None} for name in contenders]
     calls = first_calls(rows, make, check)
     before = clocks(stage.device)
-    timings = fill_times(rows, calls, clock, 2 if stage.dry else _REPEATS, stage.deadline)
+    timings = fill_times(rows, calls, stage.clock, 2 if stage.dry else _REPEATS, stage.deadline)
     for row in rows:
         if timed := timings.get(row["contender"]):
             row["tflops"], row["tera_pairs"] = (n / timed.median / 1e12 for n in (problem.flop, problem.pairs))

@@ -1,69 +1,77 @@
-"""The frame of a stage: a document that is on disk after every row, and a clock that says when to stop."""
+"""What every stage shares: a document that is published after every row, a clock, workers, and a deadline."""
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 
+from bench.gpu.workers import Outcome, Workers
 from bench.harness.outcome import describe
-from bench.harness.store import write_json
+from bench.harness.store import Row
+from fastvq.testing.measure import Clock
 
 Item = TypeVar("Item")
-Row = dict[str, Any]
 
 
 @dataclass
 class Stage:
-    """What a stage is given, and where it leaves its rows.
+    """One stage of a run.
 
     Attributes:
         name: of the stage.
         device: where it runs.
-        deadline: reading of ``time.monotonic()`` after which it should begin nothing new.
-        path: JSON document of this stage, replaced as a whole with every row.
+        deadline: reading of ``time.monotonic()`` after which it begins nothing new.
+        publish: called with the document after every change.
         dry: tiny sizes and two repeats, for a machine without a GPU.
         quick: fewer problems.
-        workers: processes that compile and check side by side; 0 for none.
+        workers: processes that compile and check side by side.
+        document: status, rows and notes.
     """
 
     name: str
     device: torch.device
     deadline: float
-    path: Path
+    publish: Callable[[Row], object]
     dry: bool = False
     quick: bool = False
-    workers: int = 0
+    workers: Workers = field(default_factory=Workers)
     document: Row = field(default_factory=lambda: {"status": "running", "rows": [], "notes": []})
 
+    @cached_property
+    def clock(self) -> Clock:
+        """The clock of the device, made at its first use: on a GPU it takes memory."""
+        return Clock(self.device)
+
     def add(self, row: Row) -> None:
-        """Keep a row and write the document."""
+        """Keep a row."""
         self.document["rows"].append(row)
-        self.write()
+        self.publish(self.document)
 
     def note(self, text: str) -> None:
         """Keep a remark and print it."""
         self.document["notes"].append(text)
         print(f"[{self.name}] {text}", flush=True)
-        self.write()
-
-    def write(self) -> None:
-        """Write the document as it is now."""
-        write_json(self.path, self.document)
+        self.publish(self.document)
 
     def left(self) -> float:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
+    def free_memory(self) -> None:
+        """Give memory that nothing uses back to the device, for other processes."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @contextmanager
     def guarded(self, label: str) -> Iterator[None]:
-        """An error inside becomes a row that says so, and the stage goes on."""
+        """Turn an error inside into a row that says so; the stage goes on."""
         try:
             yield
         except Exception as error:
@@ -72,7 +80,7 @@ class Stage:
             self.add({"name": label, "passed": False, "result": describe(error), "traceback": text})
 
     def while_time(self, items: Iterable[Item], label: Callable[[Item], str] = str) -> Iterator[Item]:
-        """The items, until the time is over; what is left out is named in a note and the status becomes "cut"."""
+        """Yield items until the deadline. A note names the items that are left, and the status becomes "cut"."""
         items = list(items)
         for i, item in enumerate(items):
             if self.left() <= 0:
@@ -81,18 +89,25 @@ class Stage:
                 return
             yield item
 
+    def outcomes(self, tasks: Mapping[Any, Callable[[], Any]]) -> Iterator[Outcome]:
+        """Run tasks on the workers until the deadline; a task without time makes the status "cut"."""
+        for outcome in self.workers.run(tasks, self.deadline):
+            if outcome.error.startswith("cut"):
+                self.document["status"] = "cut"
+            yield outcome
 
-def run_stage(stage: Stage, function: Callable[[Stage], None]) -> None:
-    """Run a stage; its status becomes "ok", "cut", or "failed" with the traceback, which is printed as well."""
-    start = time.monotonic()
-    stage.write()
-    try:
-        function(stage)
-    except Exception:  # the next stage still runs
-        stage.document["status"] = "failed"
-        stage.document["traceback"] = traceback.format_exc()
-        print(f"[{stage.name}] FAILED\n{stage.document['traceback']}", flush=True)
-    if stage.document["status"] == "running":
-        stage.document["status"] = "ok"
-    stage.document["seconds"] = time.monotonic() - start
-    stage.write()
+    def run(self, function: Callable[[Stage], None]) -> None:
+        """Run the stage; its status becomes "ok", "cut", or "failed" with the traceback, which is also printed."""
+        start = time.monotonic()
+        self.publish(self.document)
+        try:
+            function(self)
+        except Exception:  # the next stage still runs
+            self.document |= {"status": "failed", "traceback": traceback.format_exc()}
+            print(f"[{self.name}] FAILED\n{self.document['traceback']}", flush=True)
+        finally:
+            self.workers.end()
+        if self.document["status"] == "running":
+            self.document["status"] = "ok"
+        self.document["seconds"] = time.monotonic() - start
+        self.publish(self.document)

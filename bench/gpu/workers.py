@@ -1,137 +1,111 @@
-"""Processes that run tasks side by side: kernels compile on all cores, and an error of the GPU stays where it is.
+"""Tasks side by side in processes: kernels compile on all cores, and a GPU error stays in the process that made it.
 
-A process whose CUDA context is broken, that dies or that hangs is replaced, and the other tasks go on.
+A process that dies, hangs or has a broken CUDA context is replaced; the other tasks go on.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
+from bench.harness.child import Child
 from bench.harness.outcome import describe
 
-# A task: compiling all kernels of one search takes 10 to 20 seconds on a busy core.
+# Compiling all kernels of one search takes 10 to 20 seconds on a busy core.
 _TASK_SECONDS = 90.0
+_CUT = "cut: no time left"
 
 
 class Outcome(NamedTuple):
-    """What became of one task: ``error`` is empty where ``result`` is what the function returned."""
+    """The end of the task named ``key``: ``result`` is what it returned if ``error`` is empty."""
 
-    task: Any
+    key: Any
     result: Any
     error: str
 
 
 class Workers:
-    """Up to ``count`` processes, started as tasks need them; with 0 the tasks run in this process, one by one."""
+    """Up to ``count`` processes, started as tasks need them. With 0, tasks run one by one in this process."""
 
-    def __init__(self, count: int, task_seconds: float = _TASK_SECONDS) -> None:
+    def __init__(self, count: int = 0) -> None:
         self.count = count
-        self.task_seconds = task_seconds
-        self._idle: list[_Worker] = []
+        self._idle: list[Child] = []
 
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for worker in self._idle:
-            worker.end()
-        self._idle.clear()
-
-    def run(self, function: Callable[[Any], Any], tasks: Sequence[Any], deadline: float) -> Iterator[Outcome]:
-        """Call ``function`` with every task and give the outcomes as they come.
+    def run(self, tasks: Mapping[Any, Callable[[], Any]], deadline: float) -> Iterator[Outcome]:
+        """Call every task and yield the outcomes as they come.
 
         Args:
-            function: importable from a module, as are the types of tasks and results.
-            tasks: started in this order.
-            deadline: reading of ``time.monotonic()`` after which unfinished tasks end with an error that says so.
+            tasks: by names of any hashable type; what they need must be picklable. They start in this order.
+            deadline: reading of ``time.monotonic()`` at which open tasks end with an error that begins with "cut".
         """
-        if not self.count:
-            for task in tasks:
-                yield _run_here(function, task) if time.monotonic() < deadline else Outcome(task, None, _CUT)
-            return
-        waiting = list(tasks)
-        busy: dict[Connection, tuple[_Worker, Any, float]] = {}
+        waiting = list(tasks.items())
+        busy: dict[Child, tuple[Hashable, float]] = {}
         try:
             while waiting or busy:
-                late = time.monotonic() >= deadline
-                while waiting and (late or len(busy) < self.count):
-                    task = waiting.pop(0)
-                    if late:
-                        yield Outcome(task, None, _CUT)
-                        continue
-                    worker = self._idle.pop() if self._idle else _Worker()
-                    worker.connection.send((function, task))
-                    limit = min(deadline, time.monotonic() + self.task_seconds)
-                    busy[worker.connection] = worker, task, limit
-                for ready in wait(list(busy), timeout=0.2):
-                    worker, task, _ = busy.pop(ready)  # type: ignore[call-overload]
-                    yield self._collect(worker, task)
-                for connection, (worker, task, limit) in list(busy.items()):
-                    if time.monotonic() >= limit:
-                        del busy[connection]
+                if time.monotonic() >= deadline:
+                    yield from (Outcome(key, None, _CUT) for key, _ in waiting)
+                    waiting = []
+                elif waiting and not self.count:
+                    key, task = waiting.pop(0)
+                    yield Outcome(key, *_attempt(task))
+                while waiting and len(busy) < self.count:
+                    key, task = waiting.pop(0)
+                    worker = self._idle.pop() if self._idle else Child(_serve)
+                    worker.connection.send(task)
+                    busy[worker] = key, min(deadline, time.monotonic() + _TASK_SECONDS)
+                if busy:
+                    wait([worker.connection for worker in busy], timeout=0.2)
+                for worker, (key, limit) in list(busy.items()):
+                    if worker.connection.poll():
+                        del busy[worker]
+                        yield Outcome(key, *self._collect(worker))
+                    elif time.monotonic() >= limit:
+                        del busy[worker]
                         worker.end()
-                        yield Outcome(task, None, _CUT if limit >= deadline else f"not done in {self.task_seconds:g} s")
+                        yield Outcome(key, None, _CUT if limit >= deadline else f"not done in {_TASK_SECONDS:g} s")
         finally:
-            for worker, _, _ in busy.values():
+            for worker in busy:
                 worker.end()
 
-    def _collect(self, worker: _Worker, task: Any) -> Outcome:
+    def _collect(self, worker: Child) -> tuple[Any, str]:
         try:
-            result, error, usable = worker.connection.recv()
-        except EOFError:
-            worker.process.join(5)
-            return Outcome(task, None, f"its process ended with exit code {worker.process.exitcode}")
+            result, error, usable = worker.receive(0)
+        except ChildProcessError as death:
+            result, error, usable = None, str(death), False
         if usable:
             self._idle.append(worker)
         else:
             worker.end()
-        return Outcome(task, result, error)
-
-
-_CUT = "cut: no time left"
-
-
-class _Worker:
-    """A process and the connection to it."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
+        return result, error
 
     def end(self) -> None:
-        self.process.kill()
-        self.connection.close()
+        """End the idle processes; their memory on the device is free again."""
+        while self._idle:
+            self._idle.pop().end()
 
 
 def _serve(connection: Connection) -> None:
-    """Run what comes through ``connection`` until it is closed."""
+    """Run the tasks that come through ``connection`` until it is closed."""
     torch.set_num_threads(1)
     while True:
         try:
-            function, task = connection.recv()
+            task = connection.recv()
         except (EOFError, OSError):
             os._exit(0)  # without the destructors of a CUDA context that may be broken
-        outcome = _run_here(function, task)
-        connection.send((outcome.result, outcome.error, not outcome.error or _cuda_answers()))
+        result, error = _attempt(task)
+        connection.send((result, error, not error or _cuda_answers()))
 
 
-def _run_here(function: Callable[[Any], Any], task: Any) -> Outcome:
+def _attempt(task: Callable[[], Any]) -> tuple[Any, str]:
     try:
-        return Outcome(task, function(task), "")
-    except Exception as error:  # whatever it is, it is a finding about this task
-        return Outcome(task, None, describe(error))
+        return task(), ""
+    except Exception as error:  # any error is a finding about this task
+        return None, describe(error)
 
 
 def _cuda_answers() -> bool:

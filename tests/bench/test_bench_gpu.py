@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,9 @@ from bench.gpu import sweep
 from bench.gpu.kernels import stage_name
 from bench.gpu.problems import MODELS, PUBLISHED, published, tiny
 from bench.gpu.rows import RIVALS, measure
-from bench.gpu.stage import Stage, run_stage
+from bench.gpu.stage import Stage
 from bench.gpu.summary import failures, summary
 from bench.gpu.workers import Workers
-from fastvq.testing.measure import Clock
 from fastvq_kernels.configs import TOKEN_TILE, packed_width
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +54,8 @@ def document(dry_run):
 
 
 @pytest.fixture
-def stage(tmp_path):
-    return Stage("test", CPU, time.monotonic() + 60, tmp_path / "stage.json", dry=True)
+def stage():
+    return Stage("test", CPU, time.monotonic() + 60, lambda document: None, dry=True)
 
 
 def test_every_stage_ends_with_rows(document):
@@ -90,7 +90,7 @@ def test_the_summary_comes_last_and_fits_the_end_of_a_log(dry_run, document):
     out, printed = dry_run
     assert printed.rstrip().splitlines()[-1] == "RESULT: no failure"
     assert (out / "summary.md").read_text().rstrip().endswith("RESULT: no failure")
-    assert not list(out.glob("*.part.json*"))
+    assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "summary.md"]
     document["stages"]["timing"]["rows"] = [
         row | {"name": f"size {i}"} for i in range(200) for row in document["stages"]["timing"]["rows"]
     ]
@@ -116,7 +116,7 @@ def test_an_interrupted_run_keeps_the_stages_that_ended(tmp_path):
     )
     path = tmp_path / "gpu.json"
     end = time.monotonic() + 300
-    while not path.exists() and time.monotonic() < end:
+    while not (path.exists() and '"exactness": {' in path.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
     process.terminate()
     assert process.wait(200) == 128 + signal.SIGTERM
@@ -136,12 +136,22 @@ def test_stages_beyond_the_budget_are_cut_and_say_so(tmp_path, monkeypatch, caps
     assert "cut: the budget of 3 s is spent" in capsys.readouterr().out
 
 
+def test_a_stage_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu, "_START_SECONDS", 0)
+    monkeypatch.setattr(gpu, "_GRACE_SECONDS", 0.1)
+    code = gpu.main(["--dry-run", "--out", str(tmp_path), "--budget-seconds", "0.1", "--stages", "smoke"])
+    assert code == 1
+    stage = json.loads((tmp_path / "gpu.json").read_text())["stages"]["smoke"]
+    assert (stage["status"], stage["rows"]) == ("failed", [])
+    assert stage["notes"] == ["killed: it had not ended 0.1 s after its limit"]
+
+
 def test_a_stage_out_of_time_names_what_it_leaves_out(stage):
     stage.deadline = time.monotonic() - 1
-    run_stage(stage, lambda stage: [stage.add({"item": item}) for item in stage.while_time(["a", "b"])])
-    written = json.loads(stage.path.read_text())
-    assert (written["status"], written["rows"]) == ("cut", [])
-    assert written["notes"] == ["cut: no time for a, b"]
+    stage.run(lambda stage: [stage.add({"item": item}) for item in stage.while_time(["a", "b"])])
+    assert (stage.document["status"], stage.document["rows"]) == ("cut", [])
+    assert stage.document["notes"] == ["cut: no time for a, b"]
 
 
 def test_a_stage_that_raises_keeps_its_rows_and_its_traceback(stage, capsys):
@@ -150,11 +160,13 @@ def test_a_stage_that_raises_keeps_its_rows_and_its_traceback(stage, capsys):
             raise ValueError("only this row")
         raise RuntimeError("broken on purpose")
 
-    run_stage(stage, broken)
-    written = json.loads(stage.path.read_text())
-    assert written["status"] == "failed"
-    assert "broken on purpose" in written["traceback"]
-    assert written["rows"][0]["result"].startswith("ValueError: only this row")
+    published = []
+    stage.publish = lambda document: published.append(json.loads(json.dumps(document)))
+    stage.run(broken)
+    assert [len(document["rows"]) for document in published] == [0, 1, 1]
+    assert published[-1]["status"] == "failed"
+    assert "broken on purpose" in published[-1]["traceback"]
+    assert published[-1]["rows"][0]["result"].startswith("ValueError: only this row")
     assert "broken on purpose" in capsys.readouterr().out
 
 
@@ -167,7 +179,7 @@ def test_a_contender_that_raises_is_a_row_that_says_so(stage):
         return Prepared(lambda i: next(calls))
 
     contenders = {"broken": broken, "late": late, "product": RIVALS["product"]}
-    rows = measure(stage, Clock(CPU), tiny(PUBLISHED[0]), contenders)
+    rows = measure(stage, tiny(PUBLISHED[0]), contenders)
     assert [(row["contender"], row["status"]) for row in rows] == [
         ("broken", "failed"),
         ("late", "failed"),
@@ -178,16 +190,21 @@ def test_a_contender_that_raises_is_a_row_that_says_so(stage):
     assert rows[2]["seconds"] > 0
 
 
+def tasks(function, *arguments):
+    return {argument: partial(function, argument) for argument in arguments}
+
+
 def test_tasks_of_other_processes_may_raise_die_or_hang():
     end = time.monotonic() + 300
-    with Workers(2) as workers:
-        roots = {task: (result, error) for task, result, error in workers.run(math.sqrt, [4.0, -1.0], end)}
-        assert roots[4.0] == (2.0, "")
-        assert roots[-1.0][1].startswith("ValueError")
-        (died,) = workers.run(os._exit, [7], end)
-        assert died.error == "its process ended with exit code 7"
-        (hung,) = workers.run(time.sleep, [60], time.monotonic() + 0.5)
-        assert hung.error == "cut: no time left"
+    workers = Workers(2)
+    roots = {number: (result, error) for number, result, error in workers.run(tasks(math.sqrt, 4.0, -1.0), end)}
+    assert roots[4.0] == (2.0, "")
+    assert roots[-1.0][1].startswith("ValueError")
+    (died,) = workers.run(tasks(os._exit, 7), end)
+    assert died.error == "its process ended with exit code 7"
+    (hung,) = workers.run(tasks(time.sleep, 60), time.monotonic() + 0.5)
+    assert hung.error == "cut: no time left"
+    workers.end()
 
 
 def test_variations_are_valid_and_begin_with_the_default():
