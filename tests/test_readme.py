@@ -49,7 +49,8 @@ def test_the_summary_of_speed_is_that_of_the_results():
     for row in rows:
         found = next(result for result in results if result[0] == row[0])  # of the first table
         others = dict(zip(results[0][3:], found[3:], strict=True))
-        fastest = min(others, key=lambda name: float(others[name]))
+        ran = [name for name, cell in others.items() if re.fullmatch(r"[\d.]+", cell)]
+        fastest = min(ran, key=lambda name: float(others[name]))
         assert row == [*found[:3], others["expanded formula"], f"{others[fastest]} ({fastest})"]
 
 
