@@ -25,7 +25,7 @@ both norms. c covers the part in ``b²``, and the whole of it for the other metr
 from the threshold. So is float32 underflow: ``2⁻¹⁵⁰`` per rounded coordinate, times ``b < 2³³√D`` or ``a``, and per
 product. Norms get ``2⁻⁶²√D`` on top where they stand for a or b, since squares of smaller coordinates vanish.
 
-**bfloat16** (:mod:`fastvq.cpu.pack_bf16`). ``x'`` and ``e'_k`` are rounded once more. Their residuals have measured
+**bfloat16** (:mod:`fastvq.cpu.scan_bf16`). ``x'`` and ``e'_k`` are rounded once more. Their residuals have measured
 norms ``r`` and ``r_k ≤ ρ b_k``, which move a score by at most ``r b_k + (a + r) r_k``. A product with float32 sums is
 then within ``p b_k + c h_k`` of ``S_k``, with ``p = r + ρ(a + r) + ca``. Tokens have the columns ``(1, 1, p)``, codes
 ``-(1 - c)h_k`` in two terms and ``b_k``, each rounded up. The six u of c cover the three further terms, since maxima

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq.cpu import tuning
+
 
 class Candidates(NamedTuple):
     """The candidates of a block of tokens; none where no upper bound reaches the threshold that a token has already."""
@@ -17,6 +19,12 @@ class Candidates(NamedTuple):
     owners: Tensor  # [pairs] int64: the open tokens, and for each
     codes: Tensor  # [pairs] int64: a candidate
     exhaustive: Tensor  # int64: tokens with too many candidates
+
+
+def even_blocks(n_tokens: int, most: int) -> int:
+    """Tokens per block, of nearly even blocks of ``most`` at most, or a little more."""
+    blocks = -(-n_tokens // max(most, tuning.TOKENS_PER_MAXIMA))
+    return -(-n_tokens // (blocks * tuning.TOKENS_PER_MAXIMA)) * tuning.TOKENS_PER_MAXIMA
 
 
 def concatenate(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

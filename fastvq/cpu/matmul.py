@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.cpu import tuning
+from fastvq.cpu import bounds, tuning
 
 
 def bfloat16_units() -> str | None:
@@ -17,6 +17,21 @@ def bfloat16_units() -> str | None:
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
     return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def bf16_pays(n_tokens: float, codes: Tensor) -> bool:
+    """Whether a first scan in bfloat16 finds the codes ``[K, D]`` of so many tokens sooner on this machine."""
+    units = bfloat16_units()
+    if units is None or not codes.is_cpu:
+        return False
+    worth, (n_codes, dim) = tuning.WORTH_BF16[units], codes.shape
+    enough = n_codes >= worth.codes and worth.coordinates <= dim <= bounds.MOST_COLUMNS_BF16
+    return enough and n_tokens * n_codes * (dim + 8) >= worth.work
+
+
+def product_values(dtype: torch.dtype = torch.float32) -> int:
+    """Values of a product so small that each thread's slice stays in its cache."""
+    return tuning.BYTES_PER_THREAD[dtype] // dtype.itemsize * torch.get_num_threads()
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

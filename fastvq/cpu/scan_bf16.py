@@ -18,22 +18,11 @@ from torch import Tensor
 
 from fastvq.cpu import bounds, tuning
 from fastvq.cpu.candidates import Candidates, concatenate
-from fastvq.cpu.matmul import bfloat16_units
-from fastvq.cpu.pack import PackedCodebook, pack_tokens, raise_threshold
-from fastvq.cpu.pack_bf16 import CodesBF16, TokensBF16, round_tokens
+from fastvq.cpu.matmul import product_values
+from fastvq.cpu.pack import CodesBF16, PackedCodebook, TokensBF16, pack_tokens, raise_threshold, round_tokens
 from fastvq.cpu.scan_groups import reaching, refine
 
 Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
-
-
-def pays(n_tokens: float, codes: Tensor) -> bool:
-    """Whether a first scan in bfloat16 finds the codes ``[K, D]`` of so many tokens sooner on this machine."""
-    units = bfloat16_units()
-    if units is None or not codes.is_cpu:
-        return False
-    worth, (n_codes, dim) = tuning.WORTH_BF16[units], codes.shape
-    enough = n_codes >= worth.codes and worth.coordinates <= dim <= bounds.MOST_COLUMNS_BF16
-    return enough and n_tokens * n_codes * (dim + 8) >= worth.work
 
 
 def search(x: Tensor, packed: PackedCodebook, threshold: Tensor, *, rounded: CodesBF16, fine: Search) -> Candidates:
@@ -46,7 +35,7 @@ def search(x: Tensor, packed: PackedCodebook, threshold: Tensor, *, rounded: Cod
     most = min(tuning.MOST_REFINED, max(tuning.FEWEST_REFINED, n_groups // tuning.GROUPS_PER_REFINED))
     # So many tokens, and their maxima, stay in the cache. The first block is small, and tells.
     unit = tuning.TOKENS_PER_PRODUCT
-    step = max(tuning.product_values() // max(width, n_groups), unit) // unit * unit
+    step = max(product_values() // max(width, n_groups), unit) // unit * unit
     pairs, exhaustive, end = [], [], 0
     while end < n:
         block = slice(end, min(n, end + (step if end else unit)))
@@ -93,7 +82,7 @@ def _maxima(tokens: Tensor, codes: Tensor) -> Tensor:
     n_groups, group, width = codes.shape
     n, unit = len(tokens), tuning.TOKENS_PER_PRODUCT
     tokens = F.pad(tokens, (0, 0, 0, -n % tuning.MULTIPLE_BF16))
-    step = min(n_groups, max(1, tuning.product_values(torch.bfloat16) // (group * unit)))  # groups per product
+    step = min(n_groups, max(1, product_values(torch.bfloat16) // (group * unit)))  # groups per product
     maxima = torch.empty(n_groups, len(tokens), dtype=torch.int16, device=tokens.device)
     buffer = torch.empty(step * group * unit, dtype=torch.bfloat16, device=tokens.device)
     code_blocks = codes.view(-1, width).split(step * group)

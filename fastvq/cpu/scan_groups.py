@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastvq.cpu import tuning
-from fastvq.cpu.candidates import Candidates, concatenate, nonzero_pairs, stable_order, up_to
-from fastvq.cpu.matmul import product
+from fastvq.cpu.candidates import Candidates, concatenate, even_blocks, nonzero_pairs, stable_order, up_to
+from fastvq.cpu.matmul import product, product_values
 from fastvq.cpu.pack import PackedCodebook, pack_tokens, raise_threshold
 
 
@@ -20,7 +20,7 @@ def search(x: Tensor, packed: PackedCodebook, threshold: Tensor) -> Candidates:
     rows = threshold.new_empty(n, width)
     factors = pack_tokens(x, packed.frame, out=rows)
     # The maxima of so many tokens stay in the cache as well.
-    step = tuning.even_blocks(n, max(tuning.TOKENS_PER_PRODUCT, tuning.product_values() // n_groups))
+    step = even_blocks(n, max(tuning.TOKENS_PER_PRODUCT, product_values() // n_groups))
     pairs, exhaustive = [], []
     for i in range(0, n, step):
         block = slice(i, i + step)
@@ -37,7 +37,7 @@ def _maxima(tokens: Tensor, packed: PackedCodebook) -> Tensor:
     """The largest upper bound in each group, ``[groups, n]``, for packed tokens ``[n, D + 2]``."""
     n_groups, group, width = packed.rows.shape
     n = min(len(tokens), tuning.TOKENS_PER_PRODUCT)
-    step = min(n_groups, max(1, tuning.product_values() // (group * n)))  # groups per product
+    step = min(n_groups, max(1, product_values() // (group * n)))  # groups per product
     maxima = tokens.new_empty(n_groups, len(tokens))
     code_blocks = packed.rows.view(-1, width).split(step * group)
     for block, block_out in zip(tokens.split(n), maxima.split(n, 1), strict=True):
@@ -98,7 +98,7 @@ def _refine(
     owners, groups, filled = _in_batches(owners, groups, n_groups)
     batch = tuning.TOKENS_PER_BATCH
     # Batches per product: the copies of their codes and tokens, and the bounds, are in the cache together.
-    step = max(1, min(len(groups), tuning.product_values() // (4 * group * width)))
+    step = max(1, min(len(groups), product_values() // (4 * group * width)))
     upper = tokens.new_empty(len(groups), batch, group)
     codes = tokens.new_empty(step, group, width)
     copies = tokens.new_empty(step * batch, width)
@@ -115,7 +115,7 @@ def _refine(
         threshold.scatter_reduce_(0, owners, least.view(-1), "amax")
     thresholds = threshold.index_select(0, owners).masked_fill_(~filled, torch.inf)
     reaches = upper.view(-1, group).ge_(thresholds[:, None])
-    found, step = [], tuning.product_values() // group
+    found, step = [], product_values() // group
     for i, block in enumerate(reaches.split(step)):
         pairs, members = nonzero_pairs(block)
         pairs += i * step

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.cpu import bounds, tuning
-from fastvq.cpu.candidates import concatenate
+from fastvq.cpu.candidates import concatenate, even_blocks
 from fastvq.cpu.decide import decide
-from fastvq.cpu.matmul import product
+from fastvq.cpu.matmul import product, product_values
 from fastvq.cpu.scan_table import ONE, Table, pairs
 
 
@@ -57,14 +57,6 @@ class _Codes(NamedTuple):
         return Table(lambda tokens: product(tokens, rows, bias), len(self.rows), n_rows, tuning.TABLE_COLUMNS, step)
 
 
-def fits(x: Tensor, codebook: Tensor) -> bool:
-    """Whether ``x [N, D]`` and ``codebook [K, D]`` are a problem for :func:`search`."""
-    n, n_codes = len(x), len(codebook)
-    few = n_codes <= tuning.MOST_TABLE_CODES or n * n_codes <= tuning.FEW_SCORES
-    few = few or (n <= tuning.FEW_TOKENS and n_codes <= ONE)
-    return few and torch.float64 not in (x.dtype, codebook.dtype)
-
-
 def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Find the codes of tokens ``x [N, D]`` in ``codebook [K, D]``, with ``m = 0`` and ``s = 1``.
 
@@ -74,7 +66,7 @@ def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """
     n = len(x)
     indices = torch.empty(n, dtype=torch.int64, device=x.device)
-    step = tuning.even_blocks(n, tuning.product_values() // len(codebook))
+    step = even_blocks(n, product_values() // len(codebook))
     codes = _codes(codebook, metric)
     scored = codes.in_table(step) if n > step else Each(lambda tokens: product(tokens, codes.rows, codes.bias))
     found, undefined, end = [], [], 0

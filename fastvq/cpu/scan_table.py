@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastvq.cpu import tuning
-from fastvq.cpu.candidates import Candidates, nonzero_pairs
-from fastvq.cpu.matmul import product
+from fastvq.cpu.candidates import Candidates, even_blocks, nonzero_pairs
+from fastvq.cpu.matmul import product, product_values
 from fastvq.cpu.pack import PackedCodebook, pack_tokens, raise_threshold
 
 # Each row and column that reaches the threshold adds this and its number to a sum. The sum tells whether there are
@@ -91,7 +91,7 @@ def search(x: Tensor, packed: PackedCodebook, threshold: Tensor) -> Candidates:
     n_rows, n_columns, width = packed.rows.shape
     tokens = threshold.new_empty(len(x), width)
     factors = pack_tokens(x, packed.frame, out=tokens)
-    step = tuning.even_blocks(len(x), tuning.product_values() // (n_rows * n_columns))
+    step = even_blocks(len(x), product_values() // (n_rows * n_columns))
     codes = packed.rows.view(-1, width)
     table = Table(lambda block: product(block, codes), packed.n_codes, n_rows, n_columns, step)
     maxima = table.maxima(tokens)

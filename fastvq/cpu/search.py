@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fastvq import reference
-from fastvq.cpu import bounds, scan_bf16, scan_groups, scan_scores, scan_table, tuning
+from fastvq.cpu import bounds, matmul, scan_bf16, scan_groups, scan_scores, scan_table, tuning
+from fastvq.cpu.candidates import even_blocks
 from fastvq.cpu.decide import decide
 from fastvq.cpu.pack import Frame, PackedCodebook, frame_of, pack
 
@@ -45,7 +46,7 @@ def prepare(codebook: Tensor, metric: str) -> Prepared:
     prepared = _in_frame(codebook, metric)
     if prepared.frame is None:
         return prepared
-    in_bfloat16 = scan_bf16.pays(math.inf, prepared.codes)
+    in_bfloat16 = matmul.bf16_pays(math.inf, prepared.codes)
     return prepared._replace(packed=pack(prepared.codes, prepared.frame, in_bfloat16))
 
 
@@ -86,12 +87,20 @@ def nearest_code(
         return reference.nearest_code(x, codebook, metric)
     _keep_freed_blocks()
     prepare_once = prepare_once or _in_frame
-    if not scan_scores.fits(x, codebook) or scan_bf16.pays(len(x), codebook):
+    if not _stays_unpacked(x, codebook) or matmul.bf16_pays(len(x), codebook):
         return search_packed(x, prepare_once(codebook, metric))
     indices, undefined = scan_scores.search(x, codebook, metric)
     if len(undefined):
         indices[undefined] = search_packed(x[undefined], prepare_once(codebook, metric))
     return indices
+
+
+def _stays_unpacked(x: Tensor, codebook: Tensor) -> bool:
+    """Whether so few codes, or tokens, are scanned without packing."""
+    n, n_codes = len(x), len(codebook)
+    few = n_codes <= tuning.MOST_TABLE_CODES or n * n_codes <= tuning.FEW_SCORES
+    few = few or (n <= tuning.FEW_TOKENS and n_codes <= scan_table.ONE)
+    return few and torch.float64 not in (x.dtype, codebook.dtype)
 
 
 @cache
@@ -117,10 +126,10 @@ def search_packed(x: Tensor, prepared: Prepared) -> Tensor:
 
     threshold = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
     indices = torch.full((len(x),), -1, device=x.device)
-    step = len(codes) if packed else tuning.codes_per_block(codes, x.dtype)
+    step = len(codes) if packed else _codes_per_block(codes, x.dtype)
     for first in range(0, len(codes), step):
         block = codes[first : first + step]
-        found = _search_block(x, block, packed or pack(block, frame, scan_bf16.pays(len(x), block)), threshold)
+        found = _search_block(x, block, packed or pack(block, frame, matmul.bf16_pays(len(x), block)), threshold)
         if len(block) == len(codes):
             return found
         found[found >= 0] += first
@@ -132,11 +141,19 @@ def search_packed(x: Tensor, prepared: Prepared) -> Tensor:
     return indices
 
 
+def _codes_per_block(codes: Tensor, dtype: torch.dtype) -> int:
+    """Codes per block of ``codes [K, D]``; all for float64, whose products may overflow and lose their order."""
+    if torch.float64 in (codes.dtype, dtype):
+        return len(codes)
+    dim = codes.shape[1]
+    return max(1, tuning.LEAST_CODE_VALUES // dim, min(tuning.CODES_PER_BLOCK, tuning.MOST_CODE_VALUES // dim))
+
+
 def _search_block(x: Tensor, codes: Tensor, packed: PackedCodebook, threshold: Tensor) -> Tensor:
     """Winners among ``codes`` of tokens ``[N, D]``, -1 where none reaches ``threshold [N]``, which it raises."""
-    n = tuning.even_blocks(len(x), min(tuning.TOKENS_PER_BLOCK, tuning.TOKEN_VALUES // packed.rows.shape[2]))
+    n = even_blocks(len(x), min(tuning.TOKENS_PER_BLOCK, tuning.TOKEN_VALUES // packed.rows.shape[2]))
     search = scan_table.search if len(codes) <= tuning.MOST_TABLE_CODES else scan_groups.search
-    if packed.rounded and scan_bf16.pays(len(x), codes):
+    if packed.rounded and matmul.bf16_pays(len(x), codes):
         search = partial(scan_bf16.search, rounded=packed.rounded, fine=search)
     found = [search(tokens, packed, known) for tokens, known in zip(x.split(n), threshold.split(n), strict=True)]
     indices = torch.cat([block.indices for block in found])

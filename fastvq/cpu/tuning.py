@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
 def _is_amd() -> bool:
@@ -100,22 +99,3 @@ GROUPS_PER_SAMPLE, CODES_PER_SAMPLE = 64, 8
 GROUPS_PER_REFINED, FEWEST_REFINED, MOST_REFINED = 8, 8, 64
 # Where more tokens are left for float32, the first scan is not worth its time.
 MOST_FLOAT32 = 1 / 3
-
-
-def product_values(dtype: torch.dtype = torch.float32) -> int:
-    """Values of a product so small that each thread's slice stays in its cache."""
-    return BYTES_PER_THREAD[dtype] // dtype.itemsize * torch.get_num_threads()
-
-
-def even_blocks(n_tokens: int, most: int) -> int:
-    """Tokens per block, of nearly even blocks of ``most`` at most, or a little more."""
-    blocks = -(-n_tokens // max(most, TOKENS_PER_MAXIMA))
-    return -(-n_tokens // (blocks * TOKENS_PER_MAXIMA)) * TOKENS_PER_MAXIMA
-
-
-def codes_per_block(codes: Tensor, dtype: torch.dtype) -> int:
-    """Codes per block of ``codes [K, D]``; all for float64, whose products may overflow and lose their order."""
-    if torch.float64 in (codes.dtype, dtype):
-        return len(codes)
-    dim = codes.shape[1]
-    return max(1, LEAST_CODE_VALUES // dim, min(CODES_PER_BLOCK, MOST_CODE_VALUES // dim))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.cpu import scan_bf16
+from fastvq.cpu import matmul
 from fastvq.testing import measure
 from fastvq.testing.measure import Clock, peak_extra_memory
 
@@ -50,7 +50,7 @@ def test_peak_extra_memory_sees_what_a_search_on_several_threads_allocates():
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 def test_memory_of_a_search_does_not_grow_with_the_codes(monkeypatch, in_bfloat16):
-    monkeypatch.setattr(scan_bf16, "pays", lambda *size: in_bfloat16)
+    monkeypatch.setattr(matmul, "bf16_pays", lambda *size: in_bfloat16)
     x, codebook = torch.randn(512, 64), torch.randn(1 << 17, 64)
     part = peak_extra_memory(lambda: fastvq.nearest_code(x, codebook[: 1 << 15]), CPU)
     assert peak_extra_memory(lambda: fastvq.nearest_code(x, codebook), CPU) == pytest.approx(part, rel=0.05)

@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from fastvq.cpu.bounds import UNIT_BF16
-from fastvq.cpu.pack import pack, pack_tokens
-from fastvq.cpu.pack_bf16 import round_tokens
 from hypothesis import assume, given, settings
 from strategies import METRICS, problems
 
 from fastvq import reference
-from fastvq.cpu import scan_bf16, search
+from fastvq.cpu import matmul, scan_bf16, search
+from fastvq.cpu.bounds import UNIT_BF16
+from fastvq.cpu.pack import pack, pack_tokens, round_tokens
 
 
 def parts(x, codebook, metric):
@@ -49,8 +48,8 @@ def test_products_bound_the_scores_from_both_sides(problem):
     best, largest = shifted.flatten(0, 1).amax(0), products.amax(1).double()
     lower = (1 - 2 * UNIT_BF16) * largest + packed.norms.double() @ factors
     assert (lower[largest >= 0] <= best.expand_as(lower)[largest >= 0]).all()
-    assert (tokens.lower[valid] >= 0).all()
-    assert (tokens.lower[valid] <= best).all()
+    assert (tokens.threshold[valid] >= 0).all()
+    assert (tokens.threshold[valid] <= best).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -58,7 +57,7 @@ def test_products_bound_the_scores_from_both_sides(problem):
 def test_tokens_with_many_groups_in_reach_are_searched_in_float32(monkeypatch, metric, spread):
     """Where bfloat16 cannot tell many codes apart: in two clumps, and tokens near one of them."""
     again = []
-    monkeypatch.setattr(scan_bf16, "pays", lambda *size: True)
+    monkeypatch.setattr(matmul, "bf16_pays", lambda *size: True)
     merge = scan_bf16._with
     monkeypatch.setattr(scan_bf16, "_with", lambda found, others, at: again.append(len(at)) or merge(found, others, at))
     codebook = spread * torch.randn(4000, 64) + torch.tensor([[-1.0], [1.0]]).repeat(2000, 1)
@@ -69,13 +68,13 @@ def test_tokens_with_many_groups_in_reach_are_searched_in_float32(monkeypatch, m
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_cached_codebook_is_searched_alike(monkeypatch, metric):
-    monkeypatch.setattr(scan_bf16, "pays", lambda *size: True)
+    monkeypatch.setattr(matmul, "bf16_pays", lambda *size: True)
     x, codebook = torch.randn(300, 40) + 2, torch.randn(2100, 40) + 2
     prepared = search.prepare(codebook, metric)
     assert prepared.packed.rounded is not None
     expected = reference.nearest_code(x, codebook, metric)
     for pays in (True, False):
-        monkeypatch.setattr(scan_bf16, "pays", lambda *size, pays=pays: pays)
+        monkeypatch.setattr(matmul, "bf16_pays", lambda *size, pays=pays: pays)
         assert torch.equal(search.nearest_code(x, codebook, metric, lambda *_: prepared), expected)
 
 
@@ -96,24 +95,24 @@ def codes(*size):
 
 def test_a_search_pays_with_many_tokens_and_codes(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert scan_bf16.pays(4096, codes(8192, 64))
-    assert scan_bf16.pays(math.inf, codes(4096, 32))
-    assert not scan_bf16.pays(100, codes(8192, 64))
-    assert not scan_bf16.pays(8192, codes(1000, 64))
-    assert not scan_bf16.pays(8192, codes(8192, 8))
-    assert not scan_bf16.pays(0, codes(8192, 64))
-    assert not scan_bf16.pays(4096, codes(8192, 64).to("meta"))
+    assert matmul.bf16_pays(4096, codes(8192, 64))
+    assert matmul.bf16_pays(math.inf, codes(4096, 32))
+    assert not matmul.bf16_pays(100, codes(8192, 64))
+    assert not matmul.bf16_pays(8192, codes(1000, 64))
+    assert not matmul.bf16_pays(8192, codes(8192, 8))
+    assert not matmul.bf16_pays(0, codes(8192, 64))
+    assert not matmul.bf16_pays(4096, codes(8192, 64).to("meta"))
 
 
 def test_without_matrix_units_it_pays_where_the_processor_multiplies_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert scan_bf16.pays(8192, codes(2048, 64))
-    assert scan_bf16.pays(8192, codes(8192, 16))
-    assert not scan_bf16.pays(2048, codes(2048, 64))
+    assert matmul.bf16_pays(8192, codes(2048, 64))
+    assert matmul.bf16_pays(8192, codes(8192, 16))
+    assert not matmul.bf16_pays(2048, codes(2048, 64))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not scan_bf16.pays(8192, codes(8192, 64))
+    assert not matmul.bf16_pays(8192, codes(8192, 64))
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not scan_bf16.pays(8192, codes(8192, 64))
+    assert not matmul.bf16_pays(8192, codes(8192, 64))

@@ -12,7 +12,7 @@ from strategies import METRICS, problems
 import fastvq
 from fastvq import reference
 from fastvq.common.precision import full_precision
-from fastvq.cpu import bounds, scan_bf16, scan_scores, search, tuning
+from fastvq.cpu import bounds, matmul, scan_scores, search, tuning
 
 ALWAYS, NEVER = (lambda *size: True), (lambda *size: False)
 MANY, NONE = 1 << 20, 0
@@ -20,11 +20,11 @@ MANY, NONE = 1 << 20, 0
 WAYS = {
     "by size": ("oneDNN", {}),
     "scores": ("MKL in parallel", {(tuning, "MOST_TABLE_CODES"): MANY, (tuning, "TOKENS_PER_BLOCK"): 100}),
-    "table": ("oneDNN", {(tuning, "MOST_TABLE_CODES"): MANY, (scan_scores, "fits"): NEVER}),
-    "groups": ("oneDNN", {(tuning, "MOST_TABLE_CODES"): NONE, (scan_scores, "fits"): NEVER}),
+    "table": ("oneDNN", {(tuning, "MOST_TABLE_CODES"): MANY, (search, "_stays_unpacked"): NEVER}),
+    "groups": ("oneDNN", {(tuning, "MOST_TABLE_CODES"): NONE, (search, "_stays_unpacked"): NEVER}),
     "bf16": (
         "MKL",
-        {(tuning, "MOST_TABLE_CODES"): NONE, (scan_scores, "fits"): NEVER, (tuning, "FEWEST_REFINED"): 2},
+        {(tuning, "MOST_TABLE_CODES"): NONE, (search, "_stays_unpacked"): NEVER, (tuning, "FEWEST_REFINED"): 2},
     ),
 }
 
@@ -38,7 +38,7 @@ def way(request):
         for (module, name), value in values.items():
             patch.setattr(module, name, value)
         if request.param != "by size":
-            patch.setattr(scan_bf16, "pays", ALWAYS if request.param == "bf16" else NEVER)
+            patch.setattr(matmul, "bf16_pays", ALWAYS if request.param == "bf16" else NEVER)
         if request.param == "scores":
             set_product_values(patch, 1 << 9)
         yield
@@ -125,7 +125,7 @@ def test_indices_equal_float64_with_and_without_packing(problem):
 def test_indices_equal_float64_in_blocks_of_the_codebook(problem, codes):
     x, codebook, metric = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_scores, "fits", lambda *problem: False)
+        patch.setattr(search, "_stays_unpacked", lambda *problem: False)
         patch.setattr(tuning, "CODES_PER_BLOCK", codes)
         patch.setattr(tuning, "LEAST_CODE_VALUES", 0)
         assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
