@@ -1,8 +1,6 @@
 """`python -m bench.gpu`."""
 
-import sys
-
 from bench.gpu.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

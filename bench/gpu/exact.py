@@ -10,16 +10,17 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 import fastvq
-from bench.contenders.base import with_heads
 from bench.gpu.problems import MODELS, PUBLISHED, tiny
 from bench.gpu.stage import Stage
-from bench.gpu.sweep import variations
+from bench.gpu.sweep import packed_search, variations
 from bench.harness.problems import Problem, dtype_name, make_inputs
 from bench.harness.store import Row
 from fastvq.testing.cases import adversarial_cases
 from fastvq.testing.judge import judge_all
+from fastvq_kernels.configs import packed_width
 
 # Terms x_j, e_kj that the oracle evaluates per problem: about a second on one core.
 _ORACLE_TERMS = 5 * 10**8
@@ -38,7 +39,8 @@ def smoke(stage: Stage) -> None:
         found = _search(x[:12] if stage.dry else x, codebook).cpu()
         seconds = time.perf_counter() - start
         wrong = int((found != _oracle(x[: len(found)], codebook)).sum())
-        stage.add({"name": f"{call} search, 300×500×64", "seconds": seconds, "wrong": wrong, "passed": wrong == 0})
+        verdict = {"passed": wrong == 0, "result": f"{seconds:.2f} s, {wrong} wrong"}
+        stage.add({"name": f"{call} search, 300×500×64", "seconds": seconds, "wrong": wrong, **verdict})
 
 
 def exactness(stage: Stage) -> None:
@@ -99,8 +101,6 @@ def judge_sample(problem: Problem, kind: str, device: torch.device, n_configs: i
     wrong = int((found.cpu()[..., sample] != expected).sum())
     unequal = {name: count for name, count in differing.items() if count}
     result = f"{wrong} wrong of {expected.numel()}" + "".join(f"; {name}: {n} differ" for name, n in unequal.items())
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     verdict = {"passed": wrong == 0 and not unequal, "result": result, "checks": ["oracle", *differing]}
     seconds = time.perf_counter() - start
     return [{**problem.describe(), "name": f"{problem.name}, {kind}", **verdict, "seconds": seconds}]
@@ -116,20 +116,13 @@ def _oracle(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
 
 def _other_ways(problem: Problem, x: Tensor, codebook: Tensor, n_configs: int) -> Iterator[tuple[str, Tensor]]:
     """The same search in slices of the batch and with other launch configurations."""
-    from triton.runtime.errors import OutOfResources
-
-    from fastvq_kernels.configs import packed_width
-    from fastvq_kernels.search.pack_codes import pack_codebook
-    from fastvq_kernels.search.pipeline import certified_search
-
     if problem.tokens > 3:
         sizes = [1, problem.tokens // 3, problem.tokens - 1 - problem.tokens // 3]
         slices = [_search(rows, codebook, problem.metric) for rows in x.split(sizes, dim=-2)]
         yield "batch splits", torch.cat(slices, -1)
     for config in variations(packed_width(problem.dim))[1 : 1 + n_configs]:
-        packed = pack_codebook(codebook, problem.metric, config)
         with suppress(OutOfResources):  # not every variation fits the chip; the sweep says which
-            yield f"{config}", certified_search(with_heads(x), packed)[0].view(x.shape[:-1])
+            yield f"{config}", packed_search(problem, codebook, config)(x)[0].view(x.shape[:-1])
 
 
 def sanitize(device: torch.device) -> bool:

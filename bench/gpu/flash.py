@@ -58,8 +58,4 @@ def flash_configs(dim: int) -> list[dict[str, int]]:
 
 def run_flash(problem: Problem, config: dict[str, int], device: torch.device) -> None:
     """Compile and run flash-kmeans once, with all tokens: it compiles their number in."""
-    (x,), codebook = make_inputs(problem, device)
-    flash_kmeans.search(problem, [x], codebook, config).call(0)
-    torch.cuda.synchronize()
-    del x
-    torch.cuda.empty_cache()
+    flash_kmeans.search(problem, *make_inputs(problem, device), config).call(0)

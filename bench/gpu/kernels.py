@@ -14,10 +14,9 @@ from fastvq.testing.measure import synchronize
 
 
 class Kernel(NamedTuple):
-    """One kernel, copy or fill that ran on the device; start and duration in microseconds."""
+    """One kernel, copy or fill that ran on the device; duration in microseconds."""
 
     name: str
-    start: float
     duration: float
 
 
@@ -32,14 +31,12 @@ def kernels_of(function: Callable[[], object], device: torch.device) -> list[Ker
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
         function()
         synchronize(device)
-    found = [
-        Kernel(event.name, event.time_range.start, event.time_range.elapsed_us())
-        for event in recorded.events()
-        if str(event.device_type).endswith("CUDA" if cuda else "CPU")
-    ]
-    if not found:
+    kind = "CUDA" if cuda else "CPU"
+    events = [event for event in recorded.events() if str(event.device_type).endswith(kind)]
+    if not events:
         raise RuntimeError("the profiler saw no kernel")
-    return sorted(found, key=lambda kernel: kernel.start)
+    events.sort(key=lambda event: event.time_range.start)
+    return [Kernel(event.name, event.time_range.elapsed_us()) for event in events]
 
 
 def stage_seconds(function: Callable[[], object], calls: int, device: torch.device) -> dict[str, Any]:

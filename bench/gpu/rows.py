@@ -27,6 +27,7 @@ _REPEATS = 25
 _MOST_OPEN = 0.5
 # Timed in float32, in which they compute.
 _SLOW_CONTENDERS = ("cdist", "expanded formula")
+_COMPARED = {"product", "flash-kmeans", "flash-kmeans best"}
 _EVERY = {**CONTENDERS, **SPECIAL}
 RIVALS: dict[str, Prepare] = {"fastvq": ours.search_kernels} | {
     name: prepare
@@ -62,7 +63,7 @@ def _time_all(stage: Stage, problems: list[Problem]) -> None:
         with stage.guarded(_label(problem)):
             for row in measure(stage, problem, contenders, broken.get(problem, "")):
                 stage.add(row)
-        stage.free_memory()
+        torch.cuda.empty_cache()
 
 
 def _label(problem: Problem) -> str:
@@ -71,8 +72,6 @@ def _label(problem: Problem) -> str:
 
 def _compile(stage: Stage, problems: list[Problem]) -> dict[Problem, str]:
     """Compile fastvq's kernels for all problems at once; errors by problem, which this process then does not run."""
-    if not stage.workers.count:
-        return {}
     outcomes = list(stage.outcomes({problem: partial(warm, problem, stage.device) for problem in problems}))
     stage.workers.end()
     return {outcome.key: outcome.error for outcome in outcomes if not outcome.error.startswith("cut")}
@@ -83,9 +82,6 @@ def warm(problem: Problem, device: torch.device) -> None:
     smaller = replace(problem, tokens=min(problem.tokens, 65_536))
     (x,), codebook = make_inputs(smaller, device)
     ours.search_kernels(smaller, [x], codebook).call(0)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
 
 
 def measure(stage: Stage, problem: Problem, contenders: Mapping[str, Prepare], broken: str = "") -> list[Row]:
@@ -126,7 +122,7 @@ def measure(stage: Stage, problem: Problem, contenders: Mapping[str, Prepare], b
     for row in rows:
         if timed := timings.get(row["contender"]):
             row["tflops"], row["tera_pairs"] = (n / timed.median / 1e12 for n in (problem.flop, problem.pairs))
-            for other in {"product", "flash-kmeans"} & set(timings):
+            for other in _COMPARED & set(timings):
                 row[f"times_{other}"] = timed.median / timings[other].median
             if row["contender"] == "fastvq":
                 row |= _under_load(stage, lambda: calls["fastvq"](0), timed.median, problem.name)

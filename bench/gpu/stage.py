@@ -22,25 +22,14 @@ Item = TypeVar("Item")
 
 @dataclass
 class Stage:
-    """One stage of a run.
-
-    Attributes:
-        name: of the stage.
-        device: where it runs.
-        deadline: reading of ``time.monotonic()`` after which it begins nothing new.
-        publish: called with the document after every change.
-        dry: tiny sizes and two repeats, for a machine without a GPU.
-        quick: fewer problems.
-        workers: processes that compile and check side by side.
-        document: status, rows and notes.
-    """
+    """One stage of a run, and its document of status, rows and notes."""
 
     name: str
     device: torch.device
-    deadline: float
-    publish: Callable[[Row], object]
-    dry: bool = False
-    quick: bool = False
+    deadline: float  # reading of ``time.monotonic()`` after which it begins nothing new
+    publish: Callable[[Row], object]  # called with the document after every change
+    dry: bool = False  # tiny sizes and two repeats, for a machine without a GPU
+    quick: bool = False  # fewer problems
     workers: Workers = field(default_factory=Workers)
     document: Row = field(default_factory=lambda: {"status": "running", "rows": [], "notes": []})
 
@@ -63,11 +52,6 @@ class Stage:
     def left(self) -> float:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
-
-    def free_memory(self) -> None:
-        """Give memory that nothing uses back to the device, for other processes."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     @contextmanager
     def guarded(self, label: str) -> Iterator[None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.contenders.base import with_heads
 from bench.gpu.kernels import compiled_versions, kernels_of
@@ -18,6 +19,9 @@ from bench.harness.outcome import describe, seconds_row
 from bench.harness.problems import Problem, make_inputs
 from bench.harness.store import Row
 from fastvq_kernels.configs import TOKEN_TILE, ScanConfig, scan_config
+from fastvq_kernels.search.pack_codes import pack_codebook
+from fastvq_kernels.search.pipeline import certified_search
+from fastvq_kernels.search.scan import scan_kernel
 
 # A dimension for each width, the most valuable widths first.
 WIDTHS = {64: 64, 128: 128, 16: 4, 32: 8, 256: 256, 512: 512, 192: 192, 1024: 1024}
@@ -101,23 +105,23 @@ def _combinations(rows: list[Row]) -> list[Changes]:
     return [second | first for first, second in combinations(changes, 2)][:_COMBINED]
 
 
+def packed_search(
+    problem: Problem, codebook: Tensor, config: ScanConfig | None = None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The search in a codebook packed for a configuration: indices ``[H, N]`` and the number of open tokens ``[H]``."""
+    packed = pack_codebook(codebook, problem.metric, config)
+    return lambda x: certified_search(with_heads(x), packed)
+
+
 def run_once(problem: Problem, config: ScanConfig, device: torch.device) -> Row:
     """Compile and run one configuration; compare its indices with the default's."""
-    from fastvq_kernels.search.pack_codes import pack_codebook
-    from fastvq_kernels.search.pipeline import certified_search
-    from fastvq_kernels.search.scan import scan_kernel
-
     (x,), codebook = make_inputs(problem, device)
     before = len(compiled_versions(scan_kernel))
-    indices, n_open = certified_search(with_heads(x), pack_codebook(codebook, problem.metric, config))
+    indices, n_open = packed_search(problem, codebook, config)(x)
     compiled = compiled_versions(scan_kernel)[before:]
-    expected = certified_search(with_heads(x), pack_codebook(codebook, problem.metric))[0]
-    row: Row = {"differ": int((indices != expected).sum()), "open": int(n_open.sum())}
-    if compiled:
-        row |= {name: getattr(compiled[0], name, None) for name in ("n_regs", "n_spills")}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return row
+    differ = int((indices != packed_search(problem, codebook)(x)[0]).sum())
+    registers = {name: getattr(compiled[0], name, None) for name in ("n_regs", "n_spills")} if compiled else {}
+    return {"differ": differ, "open": int(n_open.sum()), **registers}
 
 
 def _measure(stage: Stage, width: int, configs: list[ScanConfig]) -> list[Row]:
@@ -137,7 +141,12 @@ def _measure(stage: Stage, width: int, configs: list[ScanConfig]) -> list[Row]:
         stage.note(f"{problem.name}: the default does not run: {rows[0]['status']}")
         return rows
     good = [config for config, row in zip(configs, rows, strict=True) if row["status"] == "ok"]
-    searches = _searches(stage, problem, good)
+    batches, codebook = make_inputs(problem, stage.device, 3)
+
+    def rotating(search: Callable[[Tensor], Any], i: int) -> Any:
+        return search(batches[i % 3])
+
+    searches = {repr(config): partial(rotating, packed_search(problem, codebook, config)) for config in good}
     timings = stage.clock.interleaved(searches, 2 if stage.dry else 9, stage.deadline)
     scans = _scan_seconds(stage, searches)
     if default not in timings:
@@ -162,36 +171,19 @@ def paste(config: ScanConfig) -> str:
     return f"ScanConfig({', '.join(f'{name}={value!r}' for name, value in _changes(config, ScanConfig()).items())})"
 
 
-def _searches(stage: Stage, problem: Problem, configs: list[ScanConfig]) -> dict[str, Callable[[int], Any]]:
-    from fastvq_kernels.search.pack_codes import pack_codebook
-    from fastvq_kernels.search.pipeline import certified_search
-
-    batches, codebook = make_inputs(problem, stage.device, 3)
-
-    def search(packed: Any, i: int) -> Any:
-        return certified_search(with_heads(batches[i % 3]), packed)
-
-    return {repr(config): partial(search, pack_codebook(codebook, problem.metric, config)) for config in configs}
-
-
-def _scan_seconds(stage: Stage, searches: dict[str, Callable[[int], Any]]) -> dict[str, float]:
+def _scan_seconds(stage: Stage, searches: Mapping[str, Callable[[int], Any]]) -> dict[str, float]:
     """Seconds of the scan kernel alone, from one profile of all searches in turns; empty where that fails."""
     rounds = 4
 
-    def all_of_them() -> None:
-        for i in range(rounds):
-            for search in searches.values():
-                search(i)
+    def in_turns() -> None:
+        for i, search in product(range(rounds), searches.values()):
+            search(i)
 
-    expected = rounds * len(searches)
     try:
-        scans = [kernel for kernel in kernels_of(all_of_them, stage.device) if kernel.name.startswith("scan_kernel")]
-        if stage.device.type == "cuda" and len(scans) != expected:
-            raise RuntimeError(f"{len(scans)} scans profiled, expected {expected}")
+        scans = [found.duration for found in kernels_of(in_turns, stage.device) if found.name.startswith("scan_kernel")]
+        durations = torch.tensor(scans).view(rounds, len(searches)).median(0).values / 1e6
     except Exception as error:  # the profiler is no part of the measurement
-        stage.note(f"no times of the scan alone: {describe(error)}")
+        if stage.device.type == "cuda":  # interpreted, the scan is no kernel
+            stage.note(f"no times of the scan alone: {describe(error)}")
         return {}
-    if not scans:  # interpreted
-        return {}
-    durations = torch.tensor([kernel.duration for kernel in scans]).view(rounds, -1).median(0).values / 1e6
     return dict(zip(searches, durations.tolist(), strict=True))

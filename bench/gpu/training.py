@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 
 import torch
 
 import fastvq
 from bench.gpu.kernels import count_compiled
 from bench.gpu.stage import Stage
-from bench.gpu.statistics import statistics
 from bench.harness.store import Row
-from fastvq.testing.measure import compare_with_reference, synchronize
+from fastvq.testing.measure import Clock, compare_with_reference, synchronize
+from fastvq_kernels.configs import atomics_would_queue
+from fastvq_kernels.update.accumulate import code_statistics
 
 # ESM3's and VideoGPT's codebooks: tokens, codes, dim.
 _STEPS = ((32_768, 4096, 128), (32_768, 2048, 256))
+_STATISTICS = ((262_144, 4096, 128), (65_536, 16_384, 64), (65_536, 16_384, 8), (8192, 4096, 128))
 
 
 def training(stage: Stage) -> None:
@@ -36,7 +40,11 @@ def training(stage: Stage) -> None:
             module = fastvq.EMACodebook(codes, dim, device=stage.device)
             x = torch.randn(tokens, dim, device=stage.device)
             result = compare_with_reference(module, x, x[: min(tokens, 256)])
-            stage.add({"name": name, "passed": result["fastvq"]["indices_equal_to_oracle"] == 1, **result})
+            ours, theirs = result["fastvq"], result["reference"]
+            times = f"{1e3 * ours['seconds']:.2f} against {1e3 * theirs['seconds']:.2f} ms of the reference"
+            memory = f"{ours['peak_extra_bytes'] / 1e6:.1f} against {theirs['peak_extra_bytes'] / 1e6:.1f} MB extra"
+            verdict = {"passed": ours["indices_equal_to_oracle"] == 1, "result": f"{times}, {memory}"}
+            stage.add({"name": name, **verdict, **result})
 
 
 def recompilation(device: torch.device) -> Row:
@@ -63,6 +71,7 @@ def recompilation(device: torch.device) -> Row:
         total += new.total()
         found += [f"{name} for N {n}, K {k}" for name in new]
     result = "interpreted" if interpreted else f"{total} compiled again" + (f": {'; '.join(found)}" if found else "")
+    result += f", first search {first:.1f} s"
     seconds = {"first_search_seconds": first, "second_search_seconds": second}
     return {"passed": None if interpreted else total == 0, "result": result, "compiled_again": total, **seconds}
 
@@ -111,3 +120,34 @@ def graph(device: torch.device) -> Row:
         expected = fastvq.reference.nearest_code(x[:200].cpu(), codebook.cpu())
         wrong += int((indices[:200].cpu() != expected).sum())
     return {"passed": wrong == differ == 0, "result": f"{wrong} wrong, {differ} differ from eager calls"}
+
+
+def statistics(device: torch.device) -> Row:
+    """Check sums of integers, which are exact in any order, and time both forms, so that the rule can be judged.
+
+    Tokens fall evenly on the codes, or all on one.
+    """
+    sizes = _STATISTICS if device.type == "cuda" else ((70, 3, 4),)
+    clock = Clock(device)
+    wrong: list[str] = []
+    seconds: dict[str, dict[str, float]] = {}
+    for (tokens, codes, dim), usage in product(sizes, ("even", "one code")):
+        name = f"{tokens}×{codes}×{dim}, {usage}"
+        x = torch.randint(-8, 8, (tokens, dim), device=device).float()
+        indices = torch.randint(codes if usage == "even" else 1, (tokens,), device=device)
+        forms = {
+            form: partial(code_statistics, x, indices, codes, fixed)
+            for form, fixed in (("atomics", False), ("ordered", True))
+        }
+        counts = torch.bincount(indices.cpu(), minlength=codes).float()
+        sums = torch.zeros(codes, dim).index_add_(0, indices.cpu(), x.cpu())
+        for form, call in forms.items():
+            found = [t.cpu() for t in call()]
+            if not (torch.equal(found[0], counts) and torch.equal(found[1], sums)):
+                wrong.append(f"{form}, {name}")
+        if not torch.equal(*(code_statistics(x * 0.37, indices, codes, True)[1] for _ in range(2))):
+            wrong.append(f"not repeatable, {name}")
+        calls = {form: lambda _, call=call: call() for form, call in forms.items()}
+        seconds[name] = {form: timing.median for form, timing in clock.interleaved(calls, 5).items()}
+        seconds[name]["chosen"] = seconds[name]["ordered" if atomics_would_queue(tokens, codes) else "atomics"]
+    return {"passed": not wrong, "result": "; ".join(wrong) or "right", "seconds_by_form": seconds}

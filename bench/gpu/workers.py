@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
@@ -35,53 +36,47 @@ class Workers:
     def __init__(self, count: int = 0) -> None:
         self.count = count
         self._idle: list[Child] = []
+        self._busy: list[Child] = []
 
     def run(self, tasks: Mapping[Any, Callable[[], Any]], deadline: float) -> Iterator[Outcome]:
         """Call every task and yield the outcomes as they come.
 
         Args:
-            tasks: by names of any hashable type; what they need must be picklable. They start in this order.
-            deadline: reading of ``time.monotonic()`` at which open tasks end with an error that begins with "cut".
+            tasks: picklable calls by name; they start in this order.
+            deadline: reading of ``time.monotonic()``; tasks not done by then have an error that begins with "cut".
         """
-        waiting = list(tasks.items())
-        busy: dict[Child, tuple[Hashable, float]] = {}
+        if not self.count:
+            for key, task in tasks.items():
+                yield Outcome(key, *(_attempt(task) if time.monotonic() < deadline else (None, _CUT)))
+            return
+        threads = ThreadPoolExecutor(self.count)
         try:
-            while waiting or busy:
-                if time.monotonic() >= deadline:
-                    yield from (Outcome(key, None, _CUT) for key, _ in waiting)
-                    waiting = []
-                elif waiting and not self.count:
-                    key, task = waiting.pop(0)
-                    yield Outcome(key, *_attempt(task))
-                while waiting and len(busy) < self.count:
-                    key, task = waiting.pop(0)
-                    worker = self._idle.pop() if self._idle else Child(_serve)
-                    worker.connection.send(task)
-                    busy[worker] = key, min(deadline, time.monotonic() + _TASK_SECONDS)
-                if busy:
-                    wait([worker.connection for worker in busy], timeout=0.2)
-                for worker, (key, limit) in list(busy.items()):
-                    if worker.connection.poll():
-                        del busy[worker]
-                        yield Outcome(key, *self._collect(worker))
-                    elif time.monotonic() >= limit:
-                        del busy[worker]
-                        worker.end()
-                        yield Outcome(key, None, _CUT if limit >= deadline else f"not done in {_TASK_SECONDS:g} s")
+            for done in as_completed([threads.submit(self._run, key, task, deadline) for key, task in tasks.items()]):
+                yield done.result()
         finally:
-            for worker in busy:
-                worker.end()
+            threads.shutdown(wait=False, cancel_futures=True)
+            for worker in list(self._busy):  # after an interrupt
+                worker.process.kill()
 
-    def _collect(self, worker: Child) -> tuple[Any, str]:
+    def _run(self, key: Any, task: Callable[[], Any], deadline: float) -> Outcome:
+        """Run one task in an idle process or a new one."""
+        start = time.monotonic()
+        if start >= deadline:
+            return Outcome(key, None, _CUT)
+        worker = self._idle.pop() if self._idle else Child(_serve)
+        self._busy.append(worker)
         try:
-            result, error, usable = worker.receive(0)
-        except ChildProcessError as death:
-            result, error, usable = None, str(death), False
+            worker.connection.send(task)
+            result, error, usable = worker.receive(min(deadline - start, _TASK_SECONDS))
+        except (ChildProcessError, TimeoutError) as failed:
+            late = isinstance(failed, TimeoutError) and time.monotonic() >= deadline
+            result, error, usable = None, _CUT if late else str(failed), False
+        self._busy.remove(worker)
         if usable:
             self._idle.append(worker)
         else:
             worker.end()
-        return result, error
+        return Outcome(key, result, error)
 
     def end(self) -> None:
         """End the idle processes; their memory on the device is free again."""
@@ -98,21 +93,18 @@ def _serve(connection: Connection) -> None:
         except (EOFError, OSError):
             os._exit(0)  # without the destructors of a CUDA context that may be broken
         result, error = _attempt(task)
-        connection.send((result, error, not error or _cuda_answers()))
+        # After an illegal access every later CUDA call fails.
+        usable = not error or not _attempt(lambda: None)[1]
+        connection.send((result, error, usable))
 
 
 def _attempt(task: Callable[[], Any]) -> tuple[Any, str]:
+    """Result and error of a task; unused memory of the device goes back to other processes."""
     try:
-        return task(), ""
-    except Exception as error:  # any error is a finding about this task
-        return None, describe(error)
-
-
-def _cuda_answers() -> bool:
-    """Whether this process can go on: after an illegal access every later CUDA call fails."""
-    try:
+        result = task()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
+            torch.cuda.empty_cache()
+    except Exception as error:  # any error is a finding about this task
+        return None, describe(error)
+    return result, ""
