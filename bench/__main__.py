@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from typer import Option
 
 from bench.harness.machine import facts, limit_memory
 from bench.harness.options import Options
@@ -32,27 +33,20 @@ PLANS: dict[str, Callable[[Options], Iterator[Group]]] = {
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Shapes = Annotated[str, typer.Option(help="Models by name (esm3,llamagen) or sizes tokens×codes×dim. Default: all.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16. Default: float32; accuracy: all.")]
-Names = Annotated[str, typer.Option(help="Names separated by commas. Default: all that offer the operation.")]
-Out = Annotated[Path, typer.Option(help="Folder for results, tables and pictures.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: those of PyTorch.")]
-Repeats = Annotated[int | None, typer.Option(min=1, help="Timed calls of each. Default: 5 on a CPU, 25 on a GPU.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Few and small sizes.")]
+Out = Annotated[Path, Option(help="Folder for results, tables and pictures.")]
 
 
 def _command(name: str, plans: Sequence[str], help_text: str, quickly: bool = False) -> None:
     @app.command(name, help=help_text)
     def command(
-        shapes: Shapes = "",
-        device: Device = "auto",
-        dtype: Dtype = "",
-        contenders: Names = "",
+        shapes: Annotated[str, Option(help="Models (esm3,llamagen) or sizes tokens×codes×dim. Default: all.")] = "",
+        device: Annotated[str, Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")] = "auto",
+        dtype: Annotated[str, Option(help="float32, bfloat16 or float16. Default: float32; accuracy: all.")] = "",
+        contenders: Annotated[str, Option(help="Names, with commas. Default: all that offer the operation.")] = "",
         out: Out = Path("bench-out"),
-        threads: Threads = None,
-        repeats: Repeats = None,
-        quick: Quick = quickly,
+        threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: those of PyTorch.")] = None,
+        repeats: Annotated[int | None, Option(min=1, help="Timed calls. Default: 5 on a CPU, 25 on a GPU.")] = None,
+        quick: Annotated[bool, Option("--quick", help="Few and small sizes.")] = quickly,
     ) -> None:
         with _user_errors():
             if threads:
@@ -71,9 +65,9 @@ _command("quick", list(PLANS), "Everything at few and small sizes; the set of `m
 def rebuild(
     results: Annotated[list[Path] | None, typer.Argument(help="Files of results. Default: OUT/results.json.")] = None,
     out: Out = Path("bench-out"),
-    readme: Annotated[Path | None, typer.Option(help="Fill this file: its marked sections and its pictures.")] = None,
+    readme: Annotated[Path | None, Option(help="Fill the marked sections and the pictures of this file.")] = None,
 ) -> None:
-    """Tables and pictures from stored results, without measuring anything; the README's from bench/results/."""
+    """Tables and pictures from stored results, without measuring anything; with --readme, from bench/results/."""
     with _user_errors():
         paths = results or ([out / "results.json"] if readme is None else report.kept())
         if missing := [str(path) for path in paths if not path.exists()]:

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import torch
+
+import fastvq
 from bench.contenders import flash_kmeans, libraries, ours, pytorch
-from bench.contenders.base import Contender
+from bench.contenders.base import Contender, version_of
+
+
+def _fastvq() -> str:
+    return f"fastvq {fastvq.__version__}"
+
+
+def _torch() -> str:
+    return f"torch {torch.__version__}"
+
+
+_lucidrains = version_of("vector_quantize_pytorch", "vector-quantize-pytorch")
 
 CONTENDERS: dict[str, Contender] = {
-    "fastvq": ours.CONTENDER,
-    "expanded formula": pytorch.EXPANDED,
-    "expanded compiled": pytorch.COMPILED,
-    "cdist": pytorch.CDIST,
-    "chunked addmm": pytorch.CHUNKED,
-    "moshi": pytorch.MOSHI,
-    "lucidrains": libraries.LUCIDRAINS,
-    "faiss": libraries.FAISS,
-    "scikit-learn": libraries.SCIKIT_LEARN,
-    "keops": libraries.KEOPS,
-    "flash-kmeans": flash_kmeans.CONTENDER,
+    "fastvq": Contender(_fastvq, ours.search, ours.train),
+    "expanded formula": Contender(_torch, pytorch.expanded, pytorch.train_expanded),
+    "expanded compiled": Contender(_torch, pytorch.expanded_compiled),
+    "cdist": Contender(_torch, pytorch.cdist),
+    "chunked addmm": Contender(_torch, pytorch.chunked),
+    "moshi": Contender(_torch, train=pytorch.train_moshi),
+    "lucidrains": Contender(_lucidrains, libraries.lucidrains, libraries.train_lucidrains),
+    "faiss": Contender(version_of("faiss", "faiss"), libraries.faiss),
+    "scikit-learn": Contender(version_of("sklearn", "scikit-learn"), libraries.scikit_learn),
+    "keops": Contender(version_of("pykeops", "pykeops"), libraries.keops),
+    "flash-kmeans": Contender(version_of("flash_kmeans", "flash-kmeans"), flash_kmeans.search),
 }
 
 # Measured only on request: half precision, where exactness is lost, and the upper bounds of the GPU benchmark.
 SPECIAL: dict[str, Contender] = {
-    "expanded in half": pytorch.EXPANDED_IN_HALF,
-    "half product": pytorch.HALF_PRODUCT,
-    "fastvq packed": ours.PACKED,
-    "product": pytorch.PRODUCT,
+    "expanded in half": Contender(_torch, pytorch.expanded_in_half),
+    "half product": Contender(_torch, pytorch.half_product),
+    "fastvq packed": Contender(_fastvq, ours.search_packed),
+    "product": Contender(_torch, pytorch.product),
 }
 
 

@@ -45,11 +45,6 @@ class Contender(NamedTuple):
     train: Prepare | None = None
 
 
-def torch_version() -> str:
-    """The version of contenders that are a few lines of PyTorch."""
-    return f"torch {torch.__version__}"
-
-
 def version_of(module: str, name: str) -> Callable[[], str]:
     """A contender's ``version``: the one of distribution ``name``, otherwise of the module, if it states one."""
 
@@ -80,27 +75,26 @@ def materialising(
 
     ``convert`` turns half precision into float32, in the call.
     """
-    chunk = tokens_per_chunk(problem, codebook.device)
+    chunk, note = tokens_per_chunk(problem, codebook.device)
 
     def call(x: Tensor) -> Tensor:
         codes = codebook.float() if convert else codebook
         found = [search(block.float() if convert else block, codes) for block in x.split(chunk, dim=-2)]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
-    return searching(batches, call, chunk_note(problem, chunk))
+    return searching(batches, call, note)
 
 
-def tokens_per_chunk(problem: Problem, device: torch.device) -> int:
-    """Tokens whose ``[tokens, K]`` float32 matrix, four times over for temporaries, takes half of the free memory."""
-    if problem.whole:
-        return problem.tokens
+def tokens_per_chunk(problem: Problem, device: torch.device) -> tuple[int, str]:
+    """Tokens whose ``[tokens, K]`` float32 matrix, four times over for temporaries, takes half of the free memory.
+
+    The note is empty if these are all tokens.
+    """
     values = available_memory() // 2 // (4 * 4) if device.type == "cpu" else _GPU_VALUES
-    return max(1, values // (problem.codes * problem.heads))
-
-
-def chunk_note(problem: Problem, chunk: int) -> str:
-    """The note of a matrix that did not fit; empty if it did."""
-    return f"in chunks of {chunk} tokens" if chunk < problem.tokens else ""
+    chunk = max(1, values // (problem.codes * problem.heads))
+    if problem.whole or chunk >= problem.tokens:
+        return problem.tokens, ""
+    return chunk, f"in chunks of {chunk} tokens"
 
 
 def training(batches: Sequence[Tensor], forward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Prepared:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contenders.base import Contender, Prepared, version_of, with_heads
+from bench.contenders.base import Prepared, with_heads
 from bench.harness.outcome import DoesNotApplyError
 from bench.harness.problems import Problem
 
@@ -41,6 +41,3 @@ def search(
         return module.euclid_assign_triton(points[i], codes, squares[i], **chosen)
 
     return Prepared(call, indices=read)
-
-
-CONTENDER = Contender(version_of("flash_kmeans", "flash-kmeans"), search)

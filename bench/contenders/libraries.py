@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contenders.base import Contender, Prepared, searching, searching_float32, training, version_of
+from bench.contenders.base import Prepared, searching, searching_float32, training
 from bench.harness.outcome import DoesNotApplyError
 from bench.harness.problems import Problem
 
@@ -88,9 +88,3 @@ def _vector_quantize(problem: Problem, codebook: Tensor) -> Any:
     state["_codebook.cluster_size"] = torch.ones_like(state["_codebook.cluster_size"])
     module.load_state_dict(state)
     return module.to(codebook.device)
-
-
-FAISS = Contender(version_of("faiss", "faiss"), faiss)
-SCIKIT_LEARN = Contender(version_of("sklearn", "scikit-learn"), scikit_learn)
-KEOPS = Contender(version_of("pykeops", "pykeops"), keops)
-LUCIDRAINS = Contender(version_of("vector_quantize_pytorch", "vector-quantize-pytorch"), lucidrains, train_lucidrains)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastvq
-from bench.contenders.base import Contender, Prepared, searching, training, with_heads
+from bench.contenders.base import Prepared, searching, training, with_heads
 from bench.harness.outcome import DoesNotApplyError
 from bench.harness.problems import Problem
 from fastvq.backends.triton import interpreting
@@ -44,7 +44,3 @@ def train(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prep
     counts = torch.ones(problem.codes, device=codebook.device)
     module.load_state_dict({"embeddings": codebook, "N": counts, "z_avg": codebook})
     return training(batches, module)
-
-
-CONTENDER = Contender(lambda: f"fastvq {fastvq.__version__}", search, train)
-PACKED = Contender(lambda: f"fastvq {fastvq.__version__}", search_packed)

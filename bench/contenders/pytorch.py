@@ -10,14 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contenders.base import (
-    Contender,
     Prepared,
     Search,
-    chunk_note,
     materialising,
     searching_float32,
     tokens_per_chunk,
-    torch_version,
     training,
 )
 from bench.harness.outcome import DoesNotApplyError
@@ -105,15 +102,15 @@ def product(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Pr
     dtype = torch.float16 if problem.dtype == torch.float32 else problem.dtype
     halves = [F.pad(x.to(dtype), (0, -problem.dim % 8)) for x in batches]
     columns = F.pad(codebook.to(dtype), (0, -problem.dim % 8)).transpose(-1, -2)
-    chunk = tokens_per_chunk(problem, codebook.device)
-    shape = (*halves[0].shape[:-2], min(chunk, problem.tokens), problem.codes)
+    chunk, note = tokens_per_chunk(problem, codebook.device)
+    shape = (*halves[0].shape[:-2], chunk, problem.codes)
     out = torch.empty(shape, dtype=dtype, device=codebook.device)
 
     def call(i: int) -> None:
         for block in halves[i % len(halves)].split(chunk, dim=-2):
             torch.matmul(block, columns, out=out[..., : block.shape[-2], :])
 
-    return Prepared(call, chunk_note(problem, chunk))
+    return Prepared(call, note)
 
 
 def train_expanded(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
@@ -147,13 +144,3 @@ def train_moshi(problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -
         return x + (quantized - x).detach(), indices, F.mse_loss(x, quantized)
 
     return training(batches, forward)
-
-
-EXPANDED = Contender(torch_version, expanded, train_expanded)
-COMPILED = Contender(torch_version, expanded_compiled)
-EXPANDED_IN_HALF = Contender(torch_version, expanded_in_half)
-HALF_PRODUCT = Contender(torch_version, half_product)
-CDIST = Contender(torch_version, cdist)
-CHUNKED = Contender(torch_version, chunked)
-PRODUCT = Contender(torch_version, product)
-MOSHI = Contender(torch_version, train=train_moshi)

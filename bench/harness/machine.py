@@ -56,12 +56,7 @@ def identity(head: dict[str, Any]) -> str:
 
 
 def memory_field(path: str, name: str) -> int:
-    """Bytes of a field of ``/proc/meminfo`` or ``/proc/self/status``.
-
-    Raises:
-        OSError: there is no such file: this is not Linux.
-        StopIteration: it has no such field.
-    """
+    """Bytes of a field of ``/proc/meminfo`` or ``/proc/self/status``; raises OSError or StopIteration without it."""
     lines = Path(path).read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 

@@ -98,9 +98,13 @@ def parse_problems(text: str) -> list[Problem]:
     found = []
     for name in filter(None, map(str.strip, text.split(","))):
         size = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)[x×]([1-9]\d*)", name)
-        if size is None and name not in NAMED:
+        if size:
+            tokens, codes, dim = map(int, size.groups())
+            found.append(Problem(f"{tokens}×{codes}×{dim}", tokens, codes, dim))
+        elif name in NAMED:
+            found.append(NAMED[name])
+        else:
             raise ValueError(f"shape must be tokens×codes×dim or one of {', '.join(NAMED)}, got {name!r}")
-        found.append(Problem("×".join(size.groups()), *map(int, size.groups())) if size else NAMED[name])
     return found
 
 

@@ -1,9 +1,9 @@
-"""Tables and pictures of stored results: on the terminal, as Markdown, as PNG files, and in the README."""
+"""Tables and pictures of stored results: on the terminal, as Markdown, as PNG files, and in the documentation."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +13,6 @@ from bench.plans.roofline import limits_of
 from bench.report import tables
 from bench.report.grid import Grid, as_markdown, as_table, without_empty_columns
 
-# What the README shows of each benchmark, and the words above it.
 _TITLES = {
     "search": "Nearest code, forward only: medians of warm calls in turns; the others' times divided by fastvq's",
     "train": "Training step: medians of warm calls in turns; the others' times divided by fastvq's",
@@ -21,7 +20,9 @@ _TITLES = {
     "accuracy": "Indices that differ from float64",
     "scaling": "Time of a search over tokens, codes and dimensions",
 }
+_SWEEPS = {"memory": tables.memory, "accuracy": tables.accuracy, "scaling": tables.scaling}
 _MARK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+_PICTURE = re.compile(r"\]\(([^):]+\.png)\)")
 
 
 def write(store: Store, out: Path, console: Console, names: Sequence[str] = tuple(_TITLES)) -> None:
@@ -39,28 +40,25 @@ def write(store: Store, out: Path, console: Console, names: Sequence[str] = tupl
     except ModuleNotFoundError as error:
         console.print(f'no pictures: {error.name} is missing (pip install "fastvq-triton[bench]")')
     else:
-        pictures = plots.pictures(store)
-        for file, content in pictures.items():
-            (out / file).write_bytes(content)
+        for file, figure in plots.pictures(store).items():
+            figure.savefig(out / file)
     console.print(f"{', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))} in {out}")
 
 
 def fill(readme: Path, stores: Sequence[Store]) -> None:
-    """Make the marked sections of a file anew, and those pictures of the benchmarks that it shows."""
+    """Replace the marked sections of a file and the pictures of benchmarks that it links to."""
     from bench.report import plots
 
     text = filled(readme.read_text(encoding="utf-8"), stores)
     readme.write_text(text, encoding="utf-8")
-    for store in stores:
-        for file, content in plots.pictures(store).items():
-            if f"(docs/{file})" in text:
-                (readme.parent / "docs" / file).write_bytes(content)
+    pictures = {name: figure for store in stores for name, figure in plots.pictures(store).items()}
+    for path in (readme.parent / link for link in _PICTURE.findall(text)):
+        if path.name in pictures:
+            pictures[path.name].savefig(path)
 
 
 def filled(text: str, stores: Sequence[Store]) -> str:
-    """``text`` with what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` made anew.
-
-    A section stays empty where no store has rows of it.
+    """``text`` with new tables between each ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``, if a store has rows.
 
     Raises:
         ValueError: there is no benchmark of that name.
@@ -70,7 +68,7 @@ def filled(text: str, stores: Sequence[Store]) -> str:
         name = found[2]
         if name not in _TITLES:
             raise ValueError(f"bench:NAME must be one of {', '.join(_TITLES)}, got {name}")
-        grids = [_grids(store, name)[0] for store in stores if store.latest(name)[1]]
+        grids = [grids[0] for store in stores if (grids := _grids(store, name))]
         content = "\n\n".join(f"{grid.title}. {as_markdown(grid)}" for grid in grids)
         return f"{found[1]}\n{content}\n\n{found[4]}" if content else f"{found[1]}{found[4]}"
 
@@ -78,7 +76,7 @@ def filled(text: str, stores: Sequence[Store]) -> str:
 
 
 def kept() -> list[Path]:
-    """The files of results that the README shows."""
+    """The files of results that the documentation shows."""
     return sorted((Path(__file__).parents[1] / "results").glob("bench_*.json"))
 
 
@@ -88,8 +86,7 @@ def _grids(store: Store, name: str) -> list[Grid]:
     if not rows:
         return []
     title = _TITLES[name]
-    if name in ("search", "train"):
-        whole = tables.timed(title.split(":")[0], head, rows, limits_of(store, rows))
-        return [tables.side_by_side(title, head, rows), without_empty_columns(whole)]
-    make: Callable[..., Grid] = getattr(tables, name)
-    return [make(title, head, rows)]
+    if name in _SWEEPS:
+        return [_SWEEPS[name](title, head, rows)]
+    whole = tables.timed(title.split(":")[0], head, rows, limits_of(store, rows))
+    return [tables.side_by_side(title, head, rows), without_empty_columns(whole)]

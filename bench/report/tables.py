@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.harness.store import Row
@@ -13,8 +13,8 @@ from bench.plans.roofline import share_of_limit
 from bench.plans.scaling import slope
 from bench.report.grid import Grid
 
-_EXPANDED = "expanded formula"
-_OURS = "fastvq"
+EXPANDED = "expanded formula"
+OURS = "fastvq"
 _AXES = {"tokens": "N", "codes": "K", "dim": "D"}
 
 Head = dict[str, Any]
@@ -22,145 +22,165 @@ Head = dict[str, Any]
 
 def side_by_side(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     """One line per shape: our milliseconds, and the times of the others divided by ours; wrong indices beside them."""
-    ran = [name for name in _unique(rows, "contender") if any(_ran(row) for row in _of(rows, contender=name))]
-    others = [name for name in ran if name != _OURS]
+    measured, absent = _measured(rows, "seconds")
+    others = [name for name in unique(measured, "contender") if name != OURS]
     lines = []
-    for shape in _shapes(rows):
+    for shape in shapes_of(rows):
         found = {row["contender"]: row for row in shape}
-        ours = found.get(_OURS, {})
-        cells = [shape[0]["name"], _size(shape[0]), _with_wrong(ours, _ms(ours.get("seconds")))]
-        for name in others:
-            row = found.get(name, {})
-            ratio = row["seconds"] / ours["seconds"] if _ran(row) and _ran(ours) else None
-            cells.append(_with_wrong(row, _ratio(ratio)))
+        ours = found.get(OURS, {})
+        cells = [shape[0]["name"], size(shape[0]), _with_wrong(ours, _ms(ours.get("seconds")))]
+        for row in (found.get(name, {}) for name in others):
+            ratio = _places(row["seconds"] / ours["seconds"]) if ran(row) and ran(ours) else "-"
+            cells.append(_with_wrong(row, ratio))
         lines.append(cells)
-    remarks = [f"{_machine(head)}; {_versions(rows)}.", _named(_absent(rows)), _verdict(rows)]
-    headings = ["shape", "N × K × D", f"{_OURS}, ms", *others]
-    return Grid(title, [remark for remark in remarks if remark], headings, lines, left=2)
+    versions = dict.fromkeys(row["version"] for row in measured if row.get("version") and ran(row))
+    named = ", ".join(version for version in versions if not version.startswith("torch "))
+    headings = ["shape", "N × K × D", f"{OURS}, ms", *others]
+    return Grid(title, [f"{_machine(head)}; {named}.", absent, _verdict(rows)], headings, lines, left=2)
 
 
 def timed(title: str, head: Head, rows: Sequence[Row], limits: dict[str, float]) -> Grid:
     """One line per shape and contender, with everything that was measured."""
     lines = []
-    for shape in _shapes(rows):
-        expanded = next((row["seconds"] for row in shape if row["contender"] == _EXPANDED and _ran(row)), None)
+    for shape in shapes_of(rows):
+        expanded = next((row["seconds"] for row in shape if row["contender"] == EXPANDED and ran(row)), None)
         for i, row in enumerate(shape):
-            share = share_of_limit(row, limits)
-            spread = f"{_ms(row['seconds_p20'])} to {_ms(row['seconds_p80'])}" if _ran(row) else ""
             lines.append([
-                *((row["name"], _size(row)) if i == 0 else ("", "")),
+                *((row["name"], size(row)) if i == 0 else ("", "")),
                 row["contender"],
-                _ms(row["seconds"]) if _ran(row) else row["status"],
-                spread,
-                _ratio(expanded / row["seconds"]) if expanded and _ran(row) else "",
-                _percent(share),
+                _time(row),
+                f"{_ms(row['seconds_p20'])} to {_ms(row['seconds_p80'])}" if ran(row) else "",
+                _places(expanded / row["seconds"]) if expanded and ran(row) else "",
+                _percent(share_of_limit(row, limits)),
                 _percent(row.get("wrong_share")),
-                _short(row["note"]),
+                row["note"] if len(row["note"]) <= 120 else f"{row['note'][:117]}...",
             ])  # fmt: skip
-    remarks = [f"{_machine(head)}.", _limits(limits)]
+    rates = ""
+    if limits:
+        rates = f"Limits: product {limits['product'] / 1e9:,.0f} GFLOP/s, copy {limits['copy'] / 1e9:,.1f} GB/s."
     headings = ["shape", "N × K × D", "contender", "ms", "20 to 80 %", "× expanded", "of limit", "wrong", "note"]
-    return Grid(title, [remark for remark in remarks if remark], headings, lines, left=3)
+    return Grid(title, [f"{_machine(head)}.", rates], headings, lines, left=3)
 
 
 def memory(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     """One line per operation and contender: MiB at every number of codes, and how they grow with it."""
-    codes = sorted({row["codes"] for row in rows})
-    lines, remarks = [], [f"{_machine(head)}."]
-    absent = _absent(rows, "extra_bytes")
-    for operation in _unique(rows, "operation"):
-        there_are = [name for name in _unique(_of(rows, operation=operation), "contender") if name not in absent]
-        for i, name in enumerate(there_are):
-            found = {row["codes"]: row for row in _of(rows, operation=operation, contender=name)}
-            cells = [_mib(found[k]) if k in found else "" for k in codes]
-            there = [k for k in codes if found.get(k, {}).get("extra_bytes") is not None]
-            per_code = ""
-            if len(there) > 1:
-                row = found[there[0]]
-                grown = growth(there, [found[k]["extra_bytes"] for k in there], row["tokens"], row["dim"])
-                per_code = f"{grown['codebooks']:.1f} codebooks, {grown['matrices']:.2f} matrices"
-                if name == _OURS:
-                    remarks.append(f"fastvq, {operation}: {_flatness(grown)}.")
-            lines.append([operation if i == 0 else "", name, *cells, per_code])
-    sizes = f"{rows[0]['tokens']:,} tokens, D = {rows[0]['dim']}"
-    remarks.insert(1, f"{sizes}; MiB beyond tokens and codebook; a matrix is one of [tokens, codes] in float32.")
-    remarks.append(_named(absent))
+    tokens, dim, codes = rows[0]["tokens"], rows[0]["dim"], sorted(unique(rows, "codes"))
+    measured, absent = _measured(rows, "extra_bytes")
+    lines, remarks = [], []
+    for operation, label, name, here in _sections(measured, "operation"):
+        found = {row["codes"]: row for row in here}
+        extra = {k: found[k]["extra_bytes"] for k in codes if found.get(k, {}).get("extra_bytes") is not None}
+        cells = [_mib(extra[k]) if k in extra else found[k]["status"] if k in found else "" for k in codes]
+        per_code = ""
+        if len(extra) > 1:
+            grown = growth(list(extra), list(extra.values()), tokens, dim)
+            per_code = f"{grown['codebooks']:.1f} codebooks, {grown['matrices']:.2f} matrices"
+            if name == OURS:
+                remarks.append(f"{OURS}, {operation}: {_flatness(grown)}.")
+        lines.append([label, name, *cells, per_code])
+    unit = "MiB beyond tokens and codebook; a matrix is one of [tokens, codes] in float32."
+    remarks = [f"{_machine(head)}.", f"{tokens:,} tokens, D = {dim}; {unit}", *remarks, absent]
     headings = ["", "contender", *(f"K = {k:,}" for k in codes), "grows with K by"]
-    return Grid(title, [remark for remark in remarks if remark], headings, lines, left=2)
+    return Grid(title, remarks, headings, lines, left=2)
 
 
-def _flatness(grown: Mapping[str, float]) -> str:
+def _flatness(grown: dict[str, float]) -> str:
     if math.isfinite(grown["flat_from"]):
         return f"the same within 5 % from K = {grown['flat_from']:,} on"
-    least, most = grown["least"] / 2**20, grown["most"] / 2**20
-    return f"{grown['codebooks']:.1f} times the codebook and between {least:.1f} and {most:.1f} MiB"
+    return (
+        f"{grown['codebooks']:.1f} times the codebook and between {_mib(grown['least'])} and {_mib(grown['most'])} MiB"
+    )
 
 
 def accuracy(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     """One line per dtype and contender: percent of wrong indices at every offset."""
-    offsets = sorted({row["offset"] for row in rows})
-    absent = _absent(rows, "wrong_share")
+    offsets = sorted(unique(rows, "offset"))
+    measured, absent = _measured(rows, "wrong_share")
     lines = []
-    for dtype in _unique(rows, "dtype"):
-        there_are = [name for name in _unique(_of(rows, dtype=dtype), "contender") if name not in absent]
-        for i, name in enumerate(there_are):
-            found = {row["offset"]: row for row in _of(rows, dtype=dtype, contender=name)}
-            cells = [_percent(found[k].get("wrong_share")) or found[k]["status"] if k in found else "" for k in offsets]
-            lines.append([dtype if i == 0 else "", name, *cells])
+    for _, label, name, here in _sections(measured, "dtype"):
+        found = {row["offset"]: _percent(row.get("wrong_share")) or row["status"] for row in here}
+        lines.append([label, name, *(found.get(offset, "") for offset in offsets)])
     first = rows[0]
-    remark = f"{first['checked_tokens']:,} tokens, " if first.get("checked_tokens") else ""
+    checked = f"{first['checked_tokens']:,} tokens, " if first.get("checked_tokens") else ""
     remarks = [
-        f"{_machine(head)}; {remark}K = {first['codes']:,}, D = {first['dim']}; offset in standard deviations.",
+        f"{_machine(head)}; {checked}K = {first['codes']:,}, D = {first['dim']}; offset in standard deviations.",
         "expanded in half: the formula in the precision given; half product: the product in it, norms in float32;",
         "the others get half precision as float32.",
-        _named(absent),
+        absent,
     ]
-    remarks = [remark for remark in remarks if remark]
-    return Grid(title, remarks, ["dtype", "contender", *(f"offset {k:g}" for k in offsets)], lines, left=2)
+    headings = ["dtype", "contender", *(f"offset {offset:g}" for offset in offsets)]
+    return Grid(title, remarks, headings, lines, left=2)
 
 
 def scaling(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     """One line per axis and contender: milliseconds at every size, and the fitted exponent."""
-    width = max(len(_unique(_of(rows, axis=axis), axis)) for axis in _unique(rows, "axis"))
+    width = max(len(unique(rows_where(rows, axis=axis), axis)) for axis in unique(rows, "axis"))
     lines = []
-    for axis in _unique(rows, "axis"):
-        on_axis = _of(rows, axis=axis)
-        sizes = sorted(_unique(on_axis, axis))
-        others = ", ".join(f"{_AXES[other]} = {on_axis[0][other]:,}" for other in _AXES if other != axis)
-        label = f"{_AXES[axis]} = {', '.join(f'{size:,}' for size in sizes)}; {others}"
-        lines.append([label, "", *[""] * (width + 1)])
-        for name in _unique(on_axis, "contender"):
-            found = {row[axis]: row for row in _of(on_axis, contender=name)}
-            cells = [_ms(found[k]["seconds"]) if _ran(found[k]) else found[k]["status"] for k in sizes if k in found]
-            there = [k for k in sizes if k in found and _ran(found[k])]
-            exponent = slope(there, [found[k]["seconds"] for k in there])
-            power = "" if math.isnan(exponent) else f"{_AXES[axis]}^{exponent:.2f}"
-            lines.append(["", name, *cells, *[""] * (width - len(cells)), power])
+    for axis, first, name, here in _sections(rows, "axis"):
+        if first:
+            sizes = sorted(unique(rows_where(rows, axis=axis), axis))
+            others = ", ".join(f"{_AXES[other]} = {here[0][other]:,}" for other in _AXES if other != axis)
+            lines.append([f"{_AXES[axis]} = {', '.join(f'{size:,}' for size in sizes)}; {others}", *[""] * (width + 2)])
+        here = sorted(here, key=lambda row: row[axis])
+        cells = [_time(row) for row in here]
+        there = [row for row in here if ran(row)]
+        exponent = slope([row[axis] for row in there], [row["seconds"] for row in there])
+        power = "" if math.isnan(exponent) else f"{_AXES[axis]}^{exponent:.2f}"
+        lines.append(["", name, *cells, *[""] * (width - len(cells)), power])
     headings = ["", "contender", "ms", *[""] * (width - 1), "time ∝"]
     return Grid(title, [f"{_machine(head)}."], headings, lines, left=2)
 
 
-def _unique(rows: Sequence[Row], column: str) -> list[Any]:
+def unique(rows: Sequence[Row], column: str) -> list[Any]:
+    """The values of a column, each once, in their order."""
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-def _of(rows: Sequence[Row], **columns: Any) -> list[Row]:
+def rows_where(rows: Sequence[Row], **columns: Any) -> list[Row]:
+    """The rows with these values."""
     return [row for row in rows if all(row[name] == value for name, value in columns.items())]
 
 
-def _shapes(rows: Sequence[Row]) -> list[list[Row]]:
+def ran(row: Row) -> bool:
+    """Whether a row has a time."""
+    return row.get("seconds") is not None
+
+
+def shapes_of(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each shape."""
     shapes: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         shapes.setdefault((row["name"], row["tokens"], row["codes"], row["dim"], row["dtype"]), []).append(row)
     return list(shapes.values())
 
 
-def _ran(row: Row) -> bool:
-    return row.get("seconds") is not None
-
-
-def _size(row: Row) -> str:
+def size(row: Row) -> str:
+    """N × K × D of a row, and its dtype if that is not float32."""
     dtype = "" if row["dtype"] == "float32" else f", {row['dtype']}"
     return f"{row['tokens']:,} × {row['codes']:,} × {row['dim']:,}{dtype}"
+
+
+def _sections(rows: Sequence[Row], column: str) -> Iterator[tuple[str, str, str, list[Row]]]:
+    """Each value of a column, the same as a label of its first line, and the name and the rows of each contender."""
+    for value in unique(rows, column):
+        section = rows_where(rows, **{column: value})
+        for i, name in enumerate(unique(section, "contender")):
+            yield value, "" if i else value, name, rows_where(section, contender=name)
+
+
+def _measured(rows: Sequence[Row], value: str) -> tuple[list[Row], str]:
+    """Rows of the contenders with at least one value, and a remark that names the other contenders."""
+    names = {row["contender"] for row in rows if row.get(value) is not None}
+    absent: dict[str, str] = {}
+    for row in rows:
+        if row["contender"] not in names:
+            absent.setdefault(row["contender"], row["status"])
+    told = ", ".join(f"{name} ({status})" for name, status in absent.items())
+    return [row for row in rows if row["contender"] in names], f"Not measured: {told}." if told else ""
+
+
+def _time(row: Row) -> str:
+    return _ms(row["seconds"]) if ran(row) else row["status"]
 
 
 def _ms(seconds: float | None) -> str:
@@ -170,8 +190,8 @@ def _ms(seconds: float | None) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def _places(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}"
 
 
 def _percent(share: float | None) -> str:
@@ -181,54 +201,26 @@ def _percent(share: float | None) -> str:
     return "0" if percent == 0 else f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
 
 
-def _mib(row: Row) -> str:
-    return f"{row['extra_bytes'] / 2**20:,.1f}" if row.get("extra_bytes") is not None else row["status"]
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f}"
 
 
 def _with_wrong(row: Row, text: str) -> str:
-    if row and not _ran(row):
+    if row and not ran(row):
         return row["status"]
     return f"{text} ({_percent(row['wrong_share'])} wrong)" if row.get("wrong_share") else text
 
 
-def _short(note: str) -> str:
-    return note if len(note) <= 120 else f"{note[:117]}..."
-
-
-def _absent(rows: Sequence[Row], value: str = "seconds") -> dict[str, str]:
-    """Contenders without a single value, with what became of them."""
-    return {
-        name: _of(rows, contender=name)[0]["status"]
-        for name in _unique(rows, "contender")
-        if all(row.get(value) is None for row in _of(rows, contender=name))
-    }
-
-
-def _named(absent: dict[str, str]) -> str:
-    return f"Not measured: {', '.join(f'{name} ({status})' for name, status in absent.items())}." if absent else ""
-
-
 def _verdict(rows: Sequence[Row]) -> str:
     """What the oracle says of our indices; the others' are in the table."""
-    shares = [row["wrong_share"] for row in _of(rows, contender=_OURS) if row.get("wrong_share") is not None]
+    shares = [row["wrong_share"] for row in rows_where(rows, contender=OURS) if row.get("wrong_share") is not None]
     if not shares:
         return ""
     return "fastvq had no wrong index." if max(shares) == 0 else f"FASTVQ HAD WRONG INDICES: up to {max(shares):.2g}."
 
 
-def _limits(limits: dict[str, float]) -> str:
-    if not limits:
-        return ""
-    return f"Limits: product {limits['product'] / 1e9:,.0f} GFLOP/s, copy {limits['copy'] / 1e9:,.1f} GB/s."
-
-
 def _machine(head: Head) -> str:
     day = datetime.datetime.fromisoformat(head["date"])
     memory = head.get("host_memory_bytes")
-    size = f", {memory / 2**30:.0f} GiB" if memory else ""
-    return f"{head['device']}{size}, PyTorch {head['versions']['torch']}, {day.day} {day:%B %Y}"
-
-
-def _versions(rows: Sequence[Row]) -> str:
-    found = dict.fromkeys(row["version"] for row in rows if row.get("version") and _ran(row))
-    return ", ".join(version for version in found if not version.startswith("torch "))
+    gib = f", {memory / 2**30:.0f} GiB" if memory else ""
+    return f"{head['device']}{gib}, PyTorch {head['versions']['torch']}, {day.day} {day:%B %Y}"

@@ -132,7 +132,7 @@ def test_a_matrix_that_does_not_fit_is_made_in_chunks_and_the_row_says_so(monkey
     (row,) = measured(["expanded formula"])
     assert row["note"] == "in chunks of 7 tokens"
     assert row["wrong_share"] == 0
-    assert base.tokens_per_chunk(replace(SMALL, whole=True), CPU) == 60
+    assert base.tokens_per_chunk(replace(SMALL, whole=True), CPU) == (60, "")
 
 
 def test_shapes_parse_by_model_and_by_size():

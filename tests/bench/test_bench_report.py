@@ -1,7 +1,6 @@
 """Tables, pictures and the README's numbers come from stored results."""
 
 import csv
-import itertools
 import re
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from bench.harness.store import Store
-from bench.report import drawing
 from bench.report import files as report
+from bench.report import plots
 from bench.report.grid import Grid, as_markdown, as_table
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +57,8 @@ def store(tmp_path):
     return found
 
 
-def test_the_readme_is_what_the_stored_results_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_results_is_what_the_stored_results_say():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert report.filled(text, [Store(path) for path in report.kept()]) == text
     search = re.search(r"<!-- bench:search -->(.*)<!-- /bench:search -->", text, re.DOTALL)[1]
     assert "| esm3 | 8,192 × 4,096 × 128 |" in search
@@ -125,7 +124,11 @@ def test_a_cell_cannot_break_a_table():
     assert "[N, K]" in text
 
 
-def test_labels_are_moved_apart():
-    centres = drawing.spread([0.0, 1.0, 2.0, 50.0], [10.0, 10.0, 10.0, 10.0])
-    assert all(b - a > 9.9 for a, b in itertools.pairwise(centres))
-    assert centres[3] == 50
+def test_a_legend_lists_the_curves_in_the_order_of_their_ends(store):
+    memory, accuracy = plots.memory(*store.latest("memory")), plots.accuracy(*store.latest("accuracy"))
+    legends = [panel.get_legend() for figure in (memory, accuracy) for panel in figure.axes]
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [
+        ["a rival with a long name", "expanded formula", "fastvq"],
+        ["a rival with a long name", "expanded formula", "fastvq"],
+        ["a rival with a long name", "fastvq, expanded formula"],
+    ]
