@@ -1,7 +1,5 @@
 """The public functions: they check their arguments, choose a backend and flatten leading dimensions."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal, overload
 

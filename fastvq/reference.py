@@ -5,8 +5,6 @@ The functions are those of :mod:`fastvq.functional` without checks, search and q
 use, which materialises a ``[tokens, codes]`` matrix: the baseline.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The straight-through estimator as an autograd function, and the commitment loss beside it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What a backend is: search, statistics and moving averages on one kind of device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Which backend runs: one decision per call, for search, statistics and moving averages together."""
 
-from __future__ import annotations
-
 import torch
 
 from fastvq.backends.base import Backend

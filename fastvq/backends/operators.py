@@ -3,8 +3,6 @@
 Eager calls go to the backend itself: the dispatcher costs about 20 µs a call.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

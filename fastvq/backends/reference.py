@@ -1,7 +1,5 @@
 """The formulas of :mod:`fastvq.reference` as a backend: slow, and right by definition."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

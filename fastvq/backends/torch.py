@@ -1,7 +1,5 @@
 """The certified search, the statistics and the moving averages in plain PyTorch: fast on CPUs, right on any device."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The Triton kernels as a backend; no other file imports them. Triton itself is imported by the first call."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext

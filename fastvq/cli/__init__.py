@@ -1,7 +1,5 @@
 """The command line. It needs typer and rich, which the extra ``cli`` installs."""
 
-from __future__ import annotations
-
 import sys
 
 

@@ -1,7 +1,5 @@
 """The commands ``fastvq demo``, ``fastvq verify`` and ``fastvq info``: options, errors and exit codes."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

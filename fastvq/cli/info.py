@@ -1,7 +1,5 @@
 """The table of ``fastvq info``."""
 
-from __future__ import annotations
-
 import torch
 from rich.table import Column, Table
 

@@ -1,7 +1,5 @@
 """The table of ``fastvq verify``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """Checks of arguments. Every error names the argument, what was expected and what came."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from numbers import Integral
 

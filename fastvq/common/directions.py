@@ -1,7 +1,5 @@
 """Directions, rows of norm 1: the tokens and the codes of a codebook with the cosine metric."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -3,8 +3,6 @@
 No function branches on a value that differs between ranks, so that all ranks enter the same collectives.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

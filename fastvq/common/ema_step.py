@@ -1,7 +1,5 @@
 """One step of the moving averages that a codebook learns by, as a record, and which codes are dead."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

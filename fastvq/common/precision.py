@@ -1,7 +1,5 @@
 """Keeps the caller's reduced-precision settings out of the search."""
 
-from __future__ import annotations
-
 import threading
 from collections import Counter
 from collections.abc import Iterator

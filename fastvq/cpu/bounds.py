@@ -34,8 +34,6 @@ rounded to bfloat16 as well, which costs little near 0: tokens have a column ``t
 ``t ≥ -threshold`` the products of candidates are small and not negative.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

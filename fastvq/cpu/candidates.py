@@ -1,7 +1,5 @@
 """Helpers shared by the CPU scans: the candidates they find, and pairs of tokens and codes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

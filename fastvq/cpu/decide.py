@@ -1,7 +1,5 @@
 """The winner among a few candidates per token, by the oracle's own float64 arithmetic."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The moving averages of a codebook, block by block."""
 
-from __future__ import annotations
-
 import torch
 
 from fastvq.common.ema_step import EMAStep, is_dead

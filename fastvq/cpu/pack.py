@@ -3,8 +3,6 @@
 Both are packed in float32; for a first scan in bfloat16 the packed rows are rounded once more.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -8,8 +8,6 @@ negative, and ordered as their bits are, so that the maxima are maxima of intege
 a sixth of bfloat16's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

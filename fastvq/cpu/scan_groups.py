@@ -1,7 +1,5 @@
 """The scan of many codes: the largest bound of each group names groups, which are then refined."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

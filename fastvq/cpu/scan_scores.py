@@ -4,8 +4,6 @@ Candidates are the codes whose computed score reaches the largest score of their
 (:func:`fastvq.cpu.bounds.margin`). Small products keep every score, larger ones the maxima of a table.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

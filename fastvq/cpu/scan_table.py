@@ -5,8 +5,6 @@ the candidate is the code where they cross, known without another look at the sc
 crossings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

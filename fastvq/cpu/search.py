@@ -14,8 +14,6 @@
 :mod:`bounds` derives why this is exact; :mod:`tuning` has the sizes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import cache, partial

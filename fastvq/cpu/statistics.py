@@ -1,7 +1,5 @@
 """Tokens per code and their sums by PyTorch's own operators: the input of the moving averages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 

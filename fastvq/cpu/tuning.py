@@ -1,7 +1,5 @@
 """Every size and threshold of the CPU backend that is chosen for speed, with its reason or measurement."""
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 from typing import NamedTuple

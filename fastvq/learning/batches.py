@@ -1,7 +1,5 @@
 """Tokens to learn from, batch by batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch

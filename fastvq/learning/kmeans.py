@@ -1,7 +1,5 @@
 """k-means over a fixed set of tokens, on the exact search."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -5,8 +5,6 @@ Proposals of several batches or ranks are merged code by code, with odds of thei
 of all batches and ranks is equally likely.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import reduce
 from typing import NamedTuple

@@ -5,8 +5,6 @@ without replacement with odds of w (Efraimidis and Spirakis 2006, "Weighted rand
 needs no sum of weights, reads the tokens once in batches of any size, and merges over ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

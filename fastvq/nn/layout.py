@@ -1,7 +1,5 @@
 """The coordinates of a token come last, or, as in convolutions, after the batch dimension."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

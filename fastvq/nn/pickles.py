@@ -1,7 +1,5 @@
 """Modules that were pickled before files moved name their classes by the old files."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """The state of an EMA codebook: three float32 buffers that survive casts, copies and checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

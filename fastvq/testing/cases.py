@@ -1,7 +1,5 @@
 """Adversarial inputs for the search, where rounding, ties, sizes, layouts or special values can change the winner."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Compare the indices of every backend with those of the float64 oracle."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Iterable, Iterator

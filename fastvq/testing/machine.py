@@ -1,7 +1,5 @@
 """The machine that runs this: its device, its processor, and the versions of its software."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 from contextlib import suppress

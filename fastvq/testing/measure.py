@@ -1,7 +1,5 @@
 """Seconds and bytes of calls on CPUs and GPUs, and fastvq beside its reference in both."""
 
-from __future__ import annotations
-
 import gc
 import os
 import statistics

@@ -1,7 +1,5 @@
 """Photographs as tokens, one per square patch, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Pictures of the demo and of the example, as PNG files in memory."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The work of ``fastvq demo``: learn a codebook on photographs, encode and decode them, and compare."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
