@@ -125,19 +125,17 @@ def code_statistics(
 
     Args:
         x: tokens ``[..., D]``, floating.
-        indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out. On a GPU a look at the values would wait
-            for the device: there every index outside the range is left out.
+        indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out. A GPU, where a look at the values would
+            wait for the device, leaves out every index outside the range.
         n_codes: K ≥ 1.
         mask: bool ``[...]``, False is left out. Default: all tokens count.
         heads: ``x [H, ..., D]`` and ``indices [H, ...]`` belong to one codebook of K codes per head.
-        deterministic: True adds the tokens of a code in an order that depends on these tokens alone, as a CPU always
-            does. False allows any order, which is faster for few tokens of few dimensions. Default: True where
-            ``torch.are_deterministic_algorithms_enabled()``, otherwise the faster way for N and K.
+        deterministic: True adds in an order that the tokens of a code alone decide, as a CPU always does; False in any
+            order. Default: True where ``torch.are_deterministic_algorithms_enabled()``, else the faster for N and K.
         backend: as in :func:`nearest_code`.
 
     Returns:
-        ``(counts [K], sums [K, D])``, float32, accumulated in integers and in float32; with ``heads``
-        ``(counts [H, K], sums [H, K, D])``.
+        ``(counts [K], sums [K, D])``, float32, added in integers and in float32; ``[H, ...]`` with ``heads``.
 
     Raises:
         TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
@@ -180,9 +178,8 @@ def quantize(
         backend: as in :func:`nearest_code`.
 
     Returns:
-        ``quantized [..., D]`` in the dtype of ``x`` (zero where masked, NaN where the token holds a NaN or an
-        infinity), ``indices [...]`` int64 as in :func:`nearest_code`, and the scalar ``loss``, at least float32
-        (0 without tokens).
+        ``quantized [..., D]`` in the dtype of ``x`` (zero where masked, NaN where a token is not finite), ``indices
+        [...]`` int64 as in :func:`nearest_code`, and the scalar ``loss``, at least float32 (0 without tokens).
 
     Raises:
         TypeError, ValueError: as :func:`nearest_code`.
@@ -214,8 +211,7 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``indices`` is not int64 or int32, or ``codebook`` not floating.
-        ValueError: ``codebook`` has another rank, the devices or the numbers of heads differ, or on the CPU
-            ``indices`` leave their range.
+        ValueError: shapes or devices do not match, or ``indices`` on the CPU leave their range.
     """
     check_lookup(indices, codebook)
     _check_range(indices, codebook.shape[-2])

@@ -34,8 +34,8 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tens
 
     ``euclidean``: ``argmin_k Σ_j (x_j - e_kj)²``; ``dot``: ``argmax_k Σ_j x_j e_kj``;
     ``cosine``: ``argmax_k (Σ_j x_j e_kj) / |e_k|`` with similarity 0 where ``|e_k| = 0``.
-    Every subtraction, product, quotient and addition is rounded to float64 separately, sums run
-    over ascending ``j``, and the lowest ``k`` wins a tie. This defines what "exact" means in fastvq.
+    Every operation is rounded to float64 by itself, sums run over ascending ``j``, and the lowest ``k`` wins a tie.
+    This defines what "exact" means in fastvq.
 
     Args:
         x: tokens ``[N, D]``, any floating dtype.
@@ -50,10 +50,10 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tens
     for k0 in range(0, len(codebook), _CODES_PER_TILE):
         codes = codebook[k0 : k0 + _CODES_PER_TILE]
         excluded = ~torch.isfinite(codes).all(1)
-        columns = coordinates_first(codes)[:, None, :]
+        columns = codes.double().t().contiguous()[:, None, :]  # every coordinate contiguous, as pair_score wants them
         for i0 in range(0, len(x), _TOKENS_PER_TILE):
             rows = slice(i0, i0 + _TOKENS_PER_TILE)
-            score = pair_score(coordinates_first(x[rows])[:, :, None], columns, metric)
+            score = pair_score(x[rows].double().t().contiguous()[:, :, None], columns, metric)
             # A distance that overflows still loses to none but the excluded codes.
             score.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=torch.finfo(torch.float64).min)
             score.masked_fill_(excluded, -torch.inf)
@@ -64,21 +64,13 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tens
     return indices.masked_fill_(~torch.isfinite(x).all(1), -1)
 
 
-def coordinates_first(rows: Tensor) -> Tensor:
-    """``rows [M, D]`` as float64 ``[D, M]`` with every coordinate contiguous, the layout of :func:`pair_score`."""
-    return rows.double().t().contiguous()
-
-
 def pair_score(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
-    """Score of token-code pairs, larger is nearer: the oracle's arithmetic, in one place.
+    """Float64 score of token-code pairs, larger is nearer: the oracle's arithmetic, in one place.
 
     Args:
         tokens, codes: float64 ``[D, ...]``, the coordinates first, broadcast against each other.
         metric: ``"euclidean"`` gives the negated squared distance, the others the similarity
             (for ``"cosine"`` without the factor ``1/|x|``, which does not change the order).
-
-    Returns:
-        float64 of the broadcast shape without the first dimension.
     """
     shape = torch.broadcast_shapes(tokens.shape[1:], codes.shape[1:])
     score = tokens.new_zeros(shape)
@@ -92,17 +84,12 @@ def pair_score(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
             torch.mul(x_j, e_j, out=term)
             score.add_(term)
     if metric == "cosine":
-        norm = code_norms(codes)
+        squares = torch.zeros_like(codes[0])
+        for e_j in codes:
+            squares.add_(e_j * e_j)
+        norm = root(squares)
         score = torch.where(norm > 0, score / norm, 0.0)
     return score
-
-
-def code_norms(codes: Tensor) -> Tensor:
-    """Euclidean norms of float64 ``codes [D, ...]`` over the first dimension, summed in ascending order."""
-    squares = torch.zeros_like(codes[0])
-    for e_j in codes:
-        squares.add_(e_j * e_j)
-    return root(squares)
 
 
 def root(squares: Tensor) -> Tensor:
@@ -116,13 +103,7 @@ def nearest_code_expanded(x: Tensor, codebook: Tensor, metric: str = "euclidean"
     Computed in the dtype of the inputs, with the rounding of the modules that fastvq replaces (VideoGPT
     ``videogpt/vqvae.py``, ESM3 ``esm/layers/codebook.py``).
 
-    Args:
-        x: tokens ``[N, D]``.
-        codebook: codes ``[K, D]`` of the same dtype.
-        metric: as in :func:`nearest_code`.
-
-    Returns:
-        int64 ``[N]``.
+    Shapes as in :func:`nearest_code`, tokens and codes of one dtype.
     """
     if metric == "cosine":
         x, codebook = F.normalize(x, dim=1), F.normalize(codebook, dim=1)

@@ -21,7 +21,7 @@ class StraightThrough(torch.autograd.Function):
             x: tokens ``[..., D]``.
             codes: the code of each token ``[..., D]``; any values where ``indices`` is -1.
             indices: int64 ``[...]``, -1 for a token without a code, which gets NaN.
-            mask: bool ``[...]``, False for padding: zero output, zero gradient. None is all True.
+            mask: bool ``[...]``, False for padding: zero output, zero gradient.
         """
         # PyTorch 2.11 compiles no gradient for an output that does not depend on x.
         nothing = x * torch.nan if torch.compiler.is_compiling() else torch.nan

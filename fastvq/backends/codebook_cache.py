@@ -29,11 +29,10 @@ class _Counters(NamedTuple):
 class CodebookCache:
     """The last packed codebook, for as long as the codes are the same.
 
-    On the CPU the values decide. They are compared with a copy, at a fraction of the price of packing, so that no way
-    of writing to the codes gives an answer for the old ones. On a GPU a comparison would wait for the device. There
-    the caller promises that PyTorch's version counter sees every write. It does not see writes through ``.data``,
-    NumPy, DLPack, the storage, ``torch.distributed.broadcast`` or the replay of a CUDA graph. While a graph is captured
-    the cache is neither filled nor used, so that every replay packs the codes of its time.
+    On the CPU the values decide: they are compared with a copy, at a fraction of the price of packing. On a GPU, where
+    that would wait for the device, the caller promises that PyTorch's version counter sees every write. It does not see
+    writes through ``.data``, NumPy, DLPack, the storage, ``torch.distributed.broadcast`` or the replay of a CUDA graph.
+    While a graph is captured the cache is neither filled nor used: every replay packs the codes of its time.
 
     Threads may share a cache: an entry is never changed, only replaced. Copies and pickles are empty.
     """

@@ -59,9 +59,7 @@ def code_statistics_op(
 
 
 @code_statistics_op.register_fake
-def _(
-    x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, indices: Tensor, n_codes: int, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(n_codes, dtype=torch.float32), x.new_empty(n_codes, x.shape[1], dtype=torch.float32)
 
 

@@ -10,13 +10,7 @@ from fastvq.cpu import tuning
 def decide(x: Tensor, codebook: Tensor, owners: Tensor, candidates: Tensor, metric: str, out: Tensor) -> None:
     """Write to ``out [N]`` the winner of every open token: the lowest of the candidates with the best score.
 
-    Args:
-        x: tokens ``[N, D]``.
-        codebook: codes ``[K, D]``.
-        owners: token of each pair, int64 ``[pairs]``, in any order.
-        candidates: code of each pair, int64 ``[pairs]``.
-        metric: as in :func:`fastvq.reference.nearest_code`.
-        out: int64 ``[N]``; the entries of other tokens stay.
+    ``owners`` and ``candidates``, int64 ``[pairs]`` in any order, are token and code of each pair.
     """
     step = max(1, tuning.DECIDE_VALUES // x.shape[1])
     blocks = zip(owners.split(step), candidates.split(step), strict=True)

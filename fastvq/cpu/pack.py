@@ -59,7 +59,9 @@ def pack(codebook: Tensor, frame: Frame, in_bfloat16: bool = False) -> PackedCod
     n_groups = -(-n_codes // group)
     rows = torch.empty(n_groups, group, dim + 2, dtype=torch.float32, device=codebook.device)
     norms = torch.ones(n_groups, 3, dtype=torch.float32, device=codebook.device)
-    rounded = empty_codes(n_groups, group, dim, codebook.device) if in_bfloat16 else None
+    rounded = None
+    if in_bfloat16:
+        rounded = CodesBF16(rows.new_empty(n_groups, group, dim + 4, dtype=torch.bfloat16), rows.new_zeros(()))
     step = max(1, tuning.PACK_VALUES // (group * (dim + 2)))
     for i, codes in zip(range(0, n_groups, step), codebook.split(step * group), strict=True):
         block = slice(i, i + step)
@@ -136,12 +138,6 @@ class TokensBF16(NamedTuple):
     rows: Tensor  # [n, D + 4]
     factors: Tensor  # [3, n] float32: factors of the norms of a group, as of packed tokens
     threshold: Tensor  # [n] float32: lower bounds of the best score as shifted; not negative
-
-
-def empty_codes(n_groups: int, group: int, dim: int, device: torch.device) -> CodesBF16:
-    """For :func:`round_codes` to fill."""
-    rows = torch.empty(n_groups, group, dim + 4, dtype=torch.bfloat16, device=device)
-    return CodesBF16(rows, torch.zeros((), dtype=torch.float32, device=device))
 
 
 def round_codes(rows: Tensor, first: int, out: CodesBF16) -> None:

@@ -27,7 +27,7 @@ def search(x: Tensor, packed: PackedCodebook, threshold: Tensor) -> Candidates:
         owners, groups, many = reaching(maxima.ge_(threshold[block]), tuning.MOST_CANDIDATES)
         pairs.append((owners + i, groups))
         exhaustive.append(many + i)
-    found = refine(*concatenate(pairs), rows, threshold, packed)
+    found = refine(*concatenate(pairs), rows, threshold, packed, None)
     return found._replace(exhaustive=torch.cat([found.exhaustive, *exhaustive]))
 
 
@@ -52,12 +52,7 @@ def reaching(reaches: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def refine(
-    owners: Tensor,
-    groups: Tensor,
-    tokens: Tensor,
-    threshold: Tensor,
-    packed: PackedCodebook,
-    factors: Tensor | None = None,
+    owners: Tensor, groups: Tensor, tokens: Tensor, threshold: Tensor, packed: PackedCodebook, factors: Tensor | None
 ) -> Candidates:
     """Candidates of packed tokens ``[n, D + 2]`` among the codes of ``groups [pairs]``, for ``owners [pairs]``.
 
@@ -77,14 +72,9 @@ def refine(
 
 
 def _refine(
-    owners: Tensor,
-    groups: Tensor,
-    tokens: Tensor,
-    threshold: Tensor,
-    packed: PackedCodebook,
-    counts: Tensor,
+    owners: Tensor, groups: Tensor, tokens: Tensor, threshold: Tensor, packed: PackedCodebook, counts: Tensor,
     factors: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The codes in ``groups [pairs]`` whose own bound reaches the threshold of their token, ``owners [pairs]``.
 
     Adds their number to ``counts [n]``.

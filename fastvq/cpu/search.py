@@ -5,10 +5,9 @@
    nearly always one (:mod:`scan_groups`). Up to 2,048 codes, seen as a table, the largest bounds of rows and columns
    name codes (:mod:`scan_table`). Processors that multiply bfloat16 faster scan in it first (:mod:`scan_bf16`). Few
    codes, or few tokens, are scanned without packing (:mod:`scan_scores`).
-2. *Refine*, after groups: the codes of a group are multiplied again, in float32, with all its tokens, which names
-   codes.
-3. *Decide* (:mod:`decide`): where several candidates remain, the oracle's own float64 arithmetic decides.
-4. *Exhaustive*: a token with very many candidates (duplicate codes, a collapsed codebook) is searched again among the
+2. *Refine*, after groups: a float32 product of the codes of a group with all its tokens names codes.
+3. *Decide* (:mod:`decide`): the oracle's own float64 arithmetic chooses among several candidates.
+4. *Exhaustive*: a token with very many candidates (equal codes, a collapsed codebook) is searched again among the
    distinct codes, or by the oracle.
 
 :mod:`bounds` derives why this is exact; :mod:`tuning` has the sizes.
@@ -39,6 +38,9 @@ class Prepared(NamedTuple):
     packed: PackedCodebook | None  # where it is to be cached
 
 
+Prepare = Callable[[Tensor, str], Prepared]
+
+
 def prepare(codebook: Tensor, metric: str) -> Prepared:
     """Pack the finite codes of ``codebook [K, D]``, all at once."""
     prepared = _in_frame(codebook, metric)
@@ -58,26 +60,13 @@ def _in_frame(codebook: Tensor, metric: str) -> Prepared:
     return Prepared(metric, codes, numbers, frame_of(codes, metric, top) if scalable else None, None)
 
 
-def nearest_code(
-    x: Tensor,
-    codebook: Tensor,
-    metric: str = "euclidean",
-    prepare_once: Callable[[Tensor, str], Prepared] | None = None,
-) -> Tensor:
+def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean", prepare_once: Prepare | None = None) -> Tensor:
     """Exactly :func:`fastvq.reference.nearest_code`, several times faster than materialising ``[N, K]``.
 
-    Beyond a few numbers per token, memory does not grow with N, nor with K unless the packed codebook is cached or a
-    tensor is float64: it takes one packed block of codes (4 to 6 MiB from 4 to 64 dimensions, 12 with one, at most 32,
-    half as much again in bfloat16), about 10 MiB for a block of tokens, and 1 to 4 MiB per thread.
-
-    Args:
-        x: tokens ``[N, D]``, any floating dtype.
-        codebook: codes ``[K, D]``, any floating dtype.
-        metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
-        prepare_once: :func:`prepare` with a cache.
-
-    Returns:
-        int64 ``[N]``. A token with a NaN or an infinity gets -1; a code with one is never chosen.
+    Beyond a few numbers per token, memory does not grow with N, nor with K unless the packed codebook is cached
+    (``prepare_once`` is :func:`prepare` with a cache) or a tensor is float64: it takes one packed block of codes (4 to
+    6 MiB from 4 to 64 dimensions, 12 with one, at most 32, half as much again in bfloat16), about 10 MiB for a block of
+    tokens, and 1 to 4 MiB per thread.
     """
     if len(x) == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)

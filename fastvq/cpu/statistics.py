@@ -9,11 +9,8 @@ from torch import Tensor
 
 @torch.no_grad()
 def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
-    """Counts ``[K]`` and sums ``[K, D]``, float32, of ``x [N, D]`` by ``indices [N]``; -1 is left out.
-
-    ``deterministic=True`` fixes the order of the additions on a GPU too; a CPU always adds in ascending order.
-    """
-    # The switch is the process's: a CPU does not need it.
+    """Counts ``[K]`` and sums ``[K, D]``, float32, of ``x [N, D]`` by ``indices [N]``; -1 is left out."""
+    # A CPU always adds in ascending order and needs no switch of the process.
     needs_switch = bool(deterministic) and x.device.type != "cpu"
     with _deterministic_algorithms() if needs_switch else nullcontext():
         return _scatter_add(x, indices, n_codes)

@@ -47,15 +47,13 @@ TOKENS_PER_BLOCK, TOKEN_VALUES = 8192, 1 << 21
 TOKENS_PER_PRODUCT = 512
 # Maxima over other numbers of tokens than multiples of this take twice as long.
 TOKENS_PER_MAXIMA = 32
-# Values of codes packed at a time, of which there may be float64 copies (2 MiB each); of a block of moving averages
-# (1 MiB); of pairs decided at a time in float64 (1 MiB), of which there are four.
+# Values at a time of codes that are packed (2 MiB in float64), of moving averages, of pairs that are decided (1 MiB).
 PACK_VALUES, EMA_VALUES, DECIDE_VALUES = 1 << 18, 1 << 18, 1 << 17
 
 # Groups: (least K/D, codes per group). Where codes are long beside their number, refining the winning group costs more
 # than more groups do.
 GROUPS = ((512, 128), (128, 64), (0, 32))
-# Scores that are refined at a time (8 MiB), in batches of pairs of one group: few large products, since many small ones
-# take longer to call than to compute.
+# Scores that are refined at a time (8 MiB), in batches of pairs of one group: many small products take long to call.
 REFINED_VALUES, TOKENS_PER_BATCH = 1 << 21, 32
 # A token with more candidates is searched exhaustively: cheaper, and the candidates take bounded memory.
 MOST_CANDIDATES = 64
@@ -90,8 +88,7 @@ WORTH_BF16 = {
     # 512 x 16,384 x 64, 0.6 with 8,192 x 4,096 x 128.
     "AVX-512 BF16": WorthBF16(2048, 16, 5e8),
 }
-# Products in bfloat16 are shifted by the best score among some codes of every 64th group. A rough shift will do: the
-# rounding that is left costs less than that of the operands.
+# Products in bfloat16 are shifted by the best score among some codes of every 64th group; a rough shift will do.
 GROUPS_PER_SAMPLE, CODES_PER_SAMPLE = 64, 8
 # Groups per token, one in so many within limits, from which on float32 is faster; bounds the memory of the refinement.
 GROUPS_PER_REFINED, FEWEST_REFINED, MOST_REFINED = 8, 8, 64

@@ -42,8 +42,7 @@ class BatchStatistics(NamedTuple):
         finish = start_sums((self.counts, self.sums), sync)
 
         def update() -> Update:
-            counts, sums = finish()
-            return Update(counts, sums, *(over_ranks(self.draw, sync) if self.draw else (None, None)))
+            return Update(*finish(), *(over_ranks(self.draw, sync) if self.draw else (None, None)))
 
         return update
 

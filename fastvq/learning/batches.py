@@ -13,12 +13,9 @@ TokenBatches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Batches:
-    """One tensor or an iterable of tensors as flattened batches; can be read many times.
+    """One tensor with its mask, or an iterable of tensors, as flattened batches; can be read many times.
 
-    Args:
-        x: a tensor, or an iterable of tensors that can be iterated more than once.
-        mask: bool, the leading shape of ``x``, where ``x`` is one tensor.
-        prepare: gives :func:`flatten` of a tensor and its mask, after its checks.
+    ``prepare`` checks and flattens a tensor and its mask.
 
     Raises:
         TypeError: ``x`` is an iterator, which can be read only once, or no iterable.

@@ -1,7 +1,7 @@
 """k-means over a fixed set of tokens, on the exact search."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,11 +20,15 @@ _ROUNDS = 2
 _Report = Callable[[int, float], None]
 
 
+def _no_report(iteration: int, inertia: float) -> None:
+    """Shows nothing."""
+
+
 class KMeans(NamedTuple):
     """Result of :func:`kmeans`.
 
-    ``codes [K, D]`` float32, ``counts [K]`` int64 (tokens nearest to each code), ``inertia`` (the sum of the squared
-    distances of tokens and codes), and the number of ``iterations`` that moved the codes.
+    ``codes [K, D]`` float32, ``counts [K]`` int64 of the tokens of each code, ``inertia``, the sum of the squared
+    distances of tokens and codes, and the number of ``iterations`` that moved the codes.
     """
 
     codes: Tensor
@@ -49,21 +53,17 @@ def kmeans(
 ) -> KMeans:
     """K codes that make ``Σ_i min_k |x_i - e_k|²`` small, by Lloyd's iterations, without a ``[tokens, codes]`` matrix.
 
-    Each iteration moves every code to the mean of the tokens nearest to it. A code without tokens restarts from a
-    token, drawn with odds of the squared distance to its code. ``metric="cosine"`` clusters ``x / |x|`` with codes of
-    norm 1 (spherical k-means).
+    An iteration moves every code to the mean of its tokens. A code without tokens restarts from a token, drawn with
+    odds of the squared distance to its code. ``metric="cosine"`` clusters ``x / |x|`` (spherical k-means).
 
-    ``init="k-means++"`` is k-means|| of Bahmani et al. 2012 (arXiv 1203.6402). Three rounds draw exactly K candidates
-    each, the first round evenly, the others with odds of the squared distance to the candidates so far. K of them,
-    weighted by the tokens nearest to each, are picked in at most 256 turns; up to 256 codes that is one a turn,
-    k-means++ itself (Arthur and Vassilvitskii 2007). ``"random"`` takes K tokens.
-
-    Every rank of a process group passes its own tokens and gets the codes of all tokens, the same bit for bit.
+    ``init="k-means++"`` is k-means|| of Bahmani et al. 2012 (arXiv 1203.6402). Three rounds draw K candidates each, the
+    first evenly, the others with odds of the squared distance to the candidates so far. K of them, weighted by their
+    tokens, are picked in at most 256 turns; up to 256 codes that is k-means++ (Arthur and Vassilvitskii 2007).
+    ``"random"`` takes K tokens. Every rank of a process group passes its tokens and gets the same codes, bit for bit.
 
     Args:
         x: tokens ``[..., D]``, floating, or an iterable of batches that can be iterated more than once (a list, a
-            DataLoader). Every rank has at least one batch, which may be empty. Tokens with a NaN or an infinity are
-            left out.
+            DataLoader), at least one on every rank; a batch may be empty. Tokens that are not finite are left out.
         n_codes: K ≥ 1. With fewer distinct tokens the last codes repeat the first.
         metric: ``"euclidean"`` or ``"cosine"``.
         mask: bool ``[...]``, True for a real token, where ``x`` is one tensor. Default: all.
@@ -95,19 +95,11 @@ def kmeans(
         check_mask(mask, tokens)
         return flatten(tokens, mask, metric)
 
-    with _shown(max_iterations) if progress else _silent() as report:
+    with _shown(max_iterations) if progress else nullcontext(_no_report) as report:
         found = cluster(
-            Batches(x, mask, prepare),
-            n_codes,
-            max_iterations,
-            metric,
-            backend,
-            sync,
-            init=init,
-            tolerance=tolerance,
-            generator=generator,
-            report=report,
-        )
+            Batches(x, mask, prepare), n_codes, max_iterations, metric, backend, sync,
+            init=init, tolerance=tolerance, generator=generator, report=report,
+        )  # fmt: skip
     if found is None:
         raise ValueError("x must hold at least one finite token, got none on any rank")
     return found
@@ -125,7 +117,7 @@ def cluster(
     init: str = "k-means++",
     tolerance: float = 1e-4,
     generator: torch.Generator | None = None,
-    report: _Report = lambda iteration, inertia: None,
+    report: _Report = _no_report,
 ) -> KMeans | None:
     """:func:`kmeans` of flattened ``batches``; None where no rank has a token."""
     first = next(tokens for tokens, _ in batches)
@@ -185,11 +177,6 @@ def cluster(
             moved[empty[: len(rows)]] = rows
         codes, previous, had_converged = moved, float(inertia), has_converged
     return KMeans(codes, counts.long(), float(inertia), iteration)
-
-
-@contextmanager
-def _silent() -> Iterator[_Report]:
-    yield lambda iteration, inertia: None
 
 
 @contextmanager

@@ -32,10 +32,7 @@ def draw_tokens(tokens: Tensor, real: Tensor, n_codes: int) -> Draw:
     Fewer than K tokens repeat with a little noise, ``0.01/√D`` (VideoGPT's rule). Where padding leaves fewer real
     tokens, a repeated token moves up to 1 % of the way to another, so that no two codes are the same.
 
-    Args:
-        tokens: ``[n, D]`` float32.
-        real: bool ``[n]``, the tokens that may be drawn.
-        n_codes: K.
+    ``tokens [n, D]`` are float32; ``real [n]`` says which may be drawn.
     """
     n_tokens = real.sum()
     if len(tokens) == 0:

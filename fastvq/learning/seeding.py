@@ -21,11 +21,8 @@ _TURNS = 256
 def draw_rows(batches: Iterable[tuple[Tensor, Tensor]], n: int, generator: torch.Generator, sync: bool) -> Tensor:
     """At most n tokens of all ranks, without replacement, with odds of their weights: the same rows on every rank.
 
-    Args:
-        batches: tokens ``[m, D]`` and their weights ``[m]``, floating; at least one batch. Weight 0 is never drawn.
-        n: rows wanted; fewer come where fewer tokens have a positive weight.
-        generator: the generator of this rank.
-        sync: draw from the tokens of all ranks.
+    ``batches``, at least one, hold tokens ``[m, D]`` and their weights ``[m]``, floating; weight 0 is never drawn.
+    ``generator`` belongs to this rank.
     """
     best: tuple[Tensor, Tensor] | None = None
     for tokens, weights in batches:
@@ -48,10 +45,9 @@ def _first(keys: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def pick_codes(
     candidates: Tensor, weights: Tensor, n_codes: int, distances: Distances, generator: torch.Generator
 ) -> Tensor:
-    """k-means++ on weighted ``candidates [m, D]``: at most K of them, each with odds of weight times squared distance.
+    """At most K of ``candidates [m, D]``, with odds of weight times squared distance, ``⌈K/256⌉`` in each turn.
 
-    In each of at most 256 turns, ``⌈K/256⌉`` codes are drawn with the odds at its start, so that up to 256 codes this
-    is k-means++ itself (Arthur and Vassilvitskii 2007).
+    Up to 256 codes this is k-means++ on weighted points (Arthur and Vassilvitskii 2007).
     """
     per_turn = -(-n_codes // _TURNS)
     codes = candidates[:0]

@@ -59,15 +59,15 @@ class EMACodebook(CodebookState):
     Args:
         n_codes: K ≥ 1.
         embedding_dim: D ≥ 1.
-        no_random_restart: leave dead codes alone. False re-draws them in every step, from the tokens of all ranks;
-            ``N`` and ``z_avg`` stay, so that a dead code is another token in each step.
+        no_random_restart: leave dead codes alone. False re-draws them from the tokens of all ranks in every step:
+            ``N`` and ``z_avg`` stay.
         restart_thres: a code is dead while its moving count ``N_k`` is below this many tokens per step.
         ema_decay: γ in [0, 1).
-        restart_threshold_relative: replaces ``restart_thres`` by this share of the mean count ``ΣN / K``, which does
-            not depend on the batch size.
-        restart_resets_statistics: a restarted code gets ``N = 1`` and ``z_avg`` = its token, so that it stays until
-            its count has decayed again (RQ-VAE's rule).
-        init: what the first batch does: ``"first_batch"`` takes random tokens, ``"kmeans"`` clusters them.
+        restart_threshold_relative: replaces ``restart_thres`` by this share of the mean count ``ΣN / K``, whatever the
+            batch size.
+        restart_resets_statistics: a restarted code gets ``N = 1`` and ``z_avg`` = its token, and stays until its count
+            has decayed again (RQ-VAE's rule).
+        init: ``"first_batch"`` takes random tokens of the first batch, ``"kmeans"`` clusters it.
         kmeans_iterations: at most this many, for ``init="kmeans"``.
         metric: ``"euclidean"`` or ``"cosine"``.
         commitment_weight: ``w``, the factor of the loss.
@@ -80,9 +80,7 @@ class EMACodebook(CodebookState):
         freeze_codebook: True stops initialisation and updates in training as well, and promises that the codes stay.
 
     Raises:
-        TypeError: a size is not an integer.
-        ValueError: a size is not positive, ``ema_decay`` is outside [0, 1), a threshold is negative, or ``init``,
-            ``metric`` or ``backend`` is unknown.
+        TypeError, ValueError: an argument has the wrong type or is outside its range; the message names it.
     """
 
     def __init__(
@@ -174,9 +172,9 @@ class EMACodebook(CodebookState):
         """Training steps inside collect statistics; the first step after the block updates the codebook with all.
 
         The result is that of one step on all batches together, as ``no_sync()`` of DistributedDataParallel gives it
-        for gradients. No process waits for another inside the block. Initialisation does not wait for the end of the
-        block: it takes the first batch. Collected statistics are no part of the state dict. A new codebook
-        (:meth:`initialize`, ``load_state_dict``) drops them; an exception drops those of its block.
+        for gradients, and no process waits for another inside. Initialisation takes the first batch. Collected
+        statistics are no part of the state dict. A new codebook (:meth:`initialize`, ``load_state_dict``) drops them;
+        an exception drops those of its block.
         """
         before, pending = self._accumulates, self._pending
         self._accumulates = True
@@ -254,16 +252,8 @@ class EMACodebook(CodebookState):
     @torch.no_grad()
     def _update(self, update: Update, backend: Backend) -> None:
         before = self.embeddings.clone() if self.metric == "cosine" else None
-        step = EMAStep(
-            self.embeddings,
-            self.N,
-            self.z_avg,
-            *update,
-            decay=self.ema_decay,
-            restart_thres=self.restart_thres,
-            restart_thres_relative=self.restart_threshold_relative,
-            resets=self.restart_resets_statistics,
-        )
+        rule = self.restart_thres, self.restart_threshold_relative, self.restart_resets_statistics
+        step = EMAStep(self.embeddings, self.N, self.z_avg, *update, self.ema_decay, *rule)
         backend.ema_step(step)
         if before is not None:
             self.embeddings.copy_(torch.where(self.N.sum() > 0, directions_or(self.embeddings, before), before))

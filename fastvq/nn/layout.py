@@ -7,16 +7,10 @@ from fastvq.common.checks import describe
 
 
 def tokens_last(z: Tensor, dim: int, channel_first: bool) -> Tensor:
-    """A view ``[..., D]`` of ``z``.
-
-    Args:
-        z: ``[..., D]``, or ``[b, D, ...]`` where ``channel_first``.
-        dim: D.
-        channel_first: which of both layouts ``z`` has.
+    """A view ``[..., D]`` of ``z [..., D]``, or of ``z [b, D, ...]`` where ``channel_first``.
 
     Raises:
-        TypeError: ``z`` is not a floating-point tensor.
-        ValueError: ``z`` has another shape.
+        TypeError, ValueError: ``z`` is not a floating-point tensor of that shape.
     """
     if not isinstance(z, Tensor) or not z.is_floating_point():
         raise TypeError(f"z must be a floating-point tensor, got {describe(z)}")

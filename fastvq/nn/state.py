@@ -19,14 +19,13 @@ class CodebookState(nn.Module):
     The buffers stay float32 whatever the module is cast to: in half precision the increments of the averages round
     away.
 
-    A loaded state that has learned something is never initialised again. The buffers tell, so that the state dict
-    needs no further key: a codebook that has learned nothing has ``N = 0`` and ``z_avg = embeddings``.
+    A loaded state that has learned something is never initialised again: without learning ``N = 0`` and
+    ``z_avg = embeddings``, so that the state dict needs no further key.
 
     While the codebook does not learn (``eval()`` or ``freeze_codebook``), eager calls on the CPU cache the packed
-    codebook until a value of ``embeddings`` changes, however it is changed. On a GPU, where comparing values would wait
-    for the device, the cache works with ``freeze_codebook = True`` only, until PyTorch counts a write to
-    ``embeddings``. PyTorch does not count writes through ``.data``, ``torch.distributed.broadcast`` or the replay of a
-    CUDA graph that trains: call :meth:`reset_cache` after them.
+    codebook until a value of ``embeddings`` changes. A GPU, where comparing values would wait for the device, caches it
+    with ``freeze_codebook = True`` only, until PyTorch counts a write to ``embeddings``. It does not count writes
+    through ``.data``, ``torch.distributed.broadcast`` or the replay of a CUDA graph: then call :meth:`reset_cache`.
     """
 
     embeddings: Tensor

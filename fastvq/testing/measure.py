@@ -13,14 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastvq
 
-# Seconds; libgomp was seen to spin for 16 ms after a parallel loop, on the cores of the next call.
+# Seconds. OpenMP's threads spin for up to 16 ms after a parallel loop, on the cores of the next call.
 _SPINNING = 0.05
-# A GPU reads this many bytes before a timed call. They displace every L2 cache, with lines that need no writing back,
-# and take about a millisecond, in which the host queues the call: gaps between kernels are not measured.
-_FLUSH_BYTES = 3 << 30
-# A CPU repeats a call for this many seconds and times the last one: after the wait, threads sleep and caches are cold,
-# and the scheduler may need 4 ms to wake a thread.
+# Seconds for which a CPU repeats a call, of which the last is timed: after the wait threads sleep and caches are cold.
 _WARM_UP = 0.1
+# Bytes that a GPU reads before a timed call: they displace its L2 cache, with lines that need no writing back, and take
+# a millisecond, in which the host queues the call.
+_FLUSH_BYTES = 3 << 30
 # Seconds of a call on a GPU above which fewer repeats give as good a median.
 _SLOW, _REPEATS_SLOW = 0.05, 5
 
@@ -57,43 +56,32 @@ class Clock:
         """Timings by name; a function that raises is left out.
 
         Args:
-            functions: called with the number of the call, by which they pick their input; warm-up calls come first.
-            repeats: timed calls, at least 1; on a GPU 5 of a function that needs more than 50 ms.
+            functions: called with the number of the call, by which they pick their input.
+            repeats: timed calls after the warm-up, at least 1; on a GPU 5 of a function that needs more than 50 ms.
             deadline: reading of ``time.monotonic()`` after which no further round begins, once there are three.
-
-        Raises:
-            ValueError: ``repeats`` is not positive.
         """
         if repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {repeats}")
-        self.errors = {}
-        rounds = {name: self._rounds(name, function, repeats) for name, function in functions.items()}
+        warm_ups = 1 if self._flush is None else 3
         measured: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
-        for i in range(repeats):
-            if i >= 3 and time.monotonic() > deadline:
+        self.errors = {}
+        for i in range(warm_ups + repeats):
+            if i >= warm_ups + 3 and time.monotonic() > deadline:
                 break
             for name, function in functions.items():
-                if i < rounds[name] and name not in self.errors:
-                    measured[name] += self._tried(name, function, i)
+                done = measured[name]
+                slow = self._flush is not None and bool(done) and done[-1][0] > _SLOW
+                if name in self.errors or (slow and i >= warm_ups + _REPEATS_SLOW):
+                    continue
+                try:
+                    done.append(self._timed(function, i))
+                except Exception as error:  # the others are still wanted
+                    self.errors[name] = error
+        timed = {name: pairs[warm_ups:] for name, pairs in measured.items() if name not in self.errors}
         return {
             name: Timing([seconds for seconds, _ in pairs], statistics.median(host for _, host in pairs))
-            for name, pairs in measured.items()
-            if pairs and name not in self.errors
+            for name, pairs in timed.items()
         }
-
-    def _rounds(self, name: str, function: Callable[[int], object], repeats: int) -> int:
-        """How often to call a function, after calls that warm it up."""
-        for i in range(3 if self._flush is not None else 1):
-            last = [] if name in self.errors else self._tried(name, function, i)
-        slow = self._flush is not None and bool(last) and last[0][0] > _SLOW
-        return min(repeats, _REPEATS_SLOW) if slow else repeats
-
-    def _tried(self, name: str, function: Callable[[int], object], i: int) -> list[tuple[float, float]]:
-        try:
-            return [self._timed(function, i)]
-        except Exception as error:  # the others are still wanted
-            self.errors[name] = error
-            return []
 
     def _timed(self, function: Callable[[int], object], i: int) -> tuple[float, float]:
         """Seconds on the device and seconds of the host for call ``i``."""
@@ -161,7 +149,7 @@ def compare_with_reference(codebook: fastvq.EMACodebook, tokens: Tensor, probes:
     """Training step (forward, backward, EMA update) and search of fastvq and of the reference, on equal terms.
 
     Args:
-        codebook: both modules start from its state; it does not change.
+        codebook: both modules start from its state.
         tokens: ``[n, D]``, the batch of every step.
         probes: ``[m, D]``, searched by both and by the float64 oracle.
 
