@@ -7,8 +7,6 @@ Ctrl-C saves; the same command continues where it stopped, on a CPU bit for bit.
 scikit-learn's two photographs. Their middle is held out; crops of the rest train the model.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -6,8 +6,6 @@ gives the cost of the steps after the scan at the shapes of models and in the wo
 statistics of a training step beside reading its tokens.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -1,7 +1,5 @@
 """From instruction counts to time: issue slots and ALU work per (token, code) pair, and the roofline they give."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 

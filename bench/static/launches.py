@@ -1,7 +1,5 @@
 """The launches of the shipped code, recorded instead of run: what Triton would compile for a chip that is not there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

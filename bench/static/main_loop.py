@@ -1,7 +1,5 @@
 """Count what the main loop of a compiled kernel issues for one tile of codes."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

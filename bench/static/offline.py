@@ -4,8 +4,6 @@ The machine code is the real one: `ptxas`, `cuobjdump` and `nvdisasm` ship insid
 spills, shared memory and matrix instructions can be checked on any CPU, in about a second per kernel.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

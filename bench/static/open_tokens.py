@@ -9,8 +9,6 @@ GPU takes for the batch of the model. The counts do not depend on the machine. T
               closer together than the rounding of their norms, the hardest case by far
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json

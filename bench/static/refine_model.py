@@ -7,8 +7,6 @@ device memory. Nothing overlaps. `bench/results/open_tokens.json` has the number
 launches, the latency of dependent loads, hits in L1.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ from there, which an interval of lines would read as one huge loop. So control f
 instruction, and only natural loops count: those whose head lies on every way to the branch that goes back to it.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from dataclasses import dataclass

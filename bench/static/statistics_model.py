@@ -6,8 +6,6 @@ assumed to read and write what they add to, at the rate of L2, and to queue at t
 the rule that chooses between the two forms assumes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

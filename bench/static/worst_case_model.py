@@ -5,8 +5,6 @@ machine code, are compared with those of a kernel that only evaluates all codes 
 scattered loads burden both kernels alike.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any

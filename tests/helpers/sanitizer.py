@@ -3,8 +3,6 @@
 The interpreter runs one program after the other on plain memory, so that neither shows in a result.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The winner among at most 32 candidates of the second scan, in float64."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

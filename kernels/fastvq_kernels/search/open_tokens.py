@@ -1,7 +1,5 @@
 """The open list: tokens without a proved winner after the refinement, as the second scan reads them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

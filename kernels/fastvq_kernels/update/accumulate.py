@@ -1,7 +1,5 @@
 """Tokens per code and their sums: by atomics, or in a fixed order (`ordered.py`)."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

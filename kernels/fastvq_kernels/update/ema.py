@@ -1,7 +1,5 @@
 """The moving averages of a codebook and the codes they give, in one pass over [K, D]."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -11,8 +11,6 @@ code's tokens, its stretch at that level starts at row ceil(first / RUN^l) and h
 run that starts at row s becomes row ceil(s / RUN) of the next level. Nothing has to be counted or searched.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
