@@ -9,14 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contenders.base import (
-    Prepared,
-    Search,
-    materialising,
-    searching_float32,
-    tokens_per_chunk,
-    training,
-)
+from bench.contenders.base import Prepared, Search, materialising, searching_float32, tokens_per_chunk, training
 from bench.harness.outcome import DoesNotApplyError
 from bench.harness.problems import Problem
 from fastvq import reference

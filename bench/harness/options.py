@@ -18,31 +18,18 @@ _QUICK_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one run.
-
-    Attributes:
-        device: where everything runs.
-        dtype: of tokens and codebook; None for float32, for all three in the accuracy benchmark.
-        shapes: those asked for; empty for those of the benchmark.
-        contenders: those asked for; empty for all that offer the operation.
-        repeats: timed calls of each contender.
-        quick: few and small sizes.
-    """
+    """The options of one run."""
 
     device: torch.device
-    dtype: torch.dtype | None
-    shapes: tuple[Problem, ...]
-    contenders: tuple[str, ...]
-    repeats: int
-    quick: bool
+    dtype: torch.dtype | None  # None for float32, for all three in the accuracy benchmark
+    shapes: tuple[Problem, ...]  # empty for those of the benchmark
+    contenders: tuple[str, ...]  # empty for all that offer the operation
+    repeats: int  # timed calls of each contender
+    quick: bool  # few and small sizes
 
     @staticmethod
     def checked(device: str, dtype: str, shapes: str, contenders: str, repeats: int | None, quick: bool) -> Options:
-        """Options from their texts; an empty text, and None for the repeats, stand for the default.
-
-        Raises:
-            ValueError: an option is not among its values; the message names it.
-        """
+        """Options from their texts; an empty text and None stand for the default. ValueError names a wrong option."""
         where = pick_device(device)
         if dtype and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -64,11 +51,7 @@ class Options:
         return found
 
     def only_shape(self, benchmark: str) -> Problem | None:
-        """The shape asked for, if any, of a benchmark that takes one.
-
-        Raises:
-            ValueError: more than one was asked for.
-        """
+        """The shape asked for, if any, of a benchmark that takes one; ValueError if there are several."""
         if len(self.shapes) > 1:
             raise ValueError(f"shapes must be one for {benchmark}, got {len(self.shapes)}")
         return self.shapes[0] if self.shapes else None

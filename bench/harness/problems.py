@@ -90,11 +90,7 @@ _CPU_PAIRS = 1 << 29
 
 
 def parse_problems(text: str) -> list[Problem]:
-    """Problems of a list like ``"esm3,4096x1000x8"``; ``x`` or ``×`` separates tokens, codes and dim.
-
-    Raises:
-        ValueError: a name is unknown or a size is not three positive integers.
-    """
+    """Problems of a list like ``"esm3,4096x1000x8"``, with ``x`` or ``×``. ValueError names an unknown one."""
     found = []
     for name in filter(None, map(str.strip, text.split(","))):
         size = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)[x×]([1-9]\d*)", name)
@@ -124,14 +120,8 @@ def make_inputs(
 ) -> tuple[list[Tensor], Tensor]:
     """``buffers`` batches of tokens ``[N, D]`` or ``[H, N, D]`` and one codebook, drawn on the device.
 
-    Args:
-        problem: sizes and dtype.
-        device: a GPU draws other numbers than the CPU.
-        buffers: how many batches of tokens.
-        kind: ``"gaussian"``: standard normal tokens and codes; ``"offset"``: the same plus ``offset``; ``"near"``:
-            tokens are codes with noise.
-        seed: of the generator.
-        offset: in standard deviations.
+    ``kind`` is ``"gaussian"`` (standard normal tokens and codes), ``"offset"`` (the same, both plus ``offset``) or
+    ``"near"`` (tokens are codes with noise). A GPU draws other numbers than the CPU.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     heads = (problem.heads,) if problem.heads > 1 else ()

@@ -47,12 +47,7 @@ def timed_group(
 
 
 def prepare(row: Row, operation: str, problem: Problem, batches: Sequence[Tensor], codebook: Tensor) -> Prepared:
-    """The call of a row's contender; its version goes into the row.
-
-    Raises:
-        DoesNotApplyError: it does not offer the operation.
-        Exception: whatever a missing or failing contender raises.
-    """
+    """The call of a row's contender, whose version goes into the row. A missing or failing one raises anything."""
     contender = {**CONTENDERS, **SPECIAL}[row["contender"]]
     row["version"] = contender.version()
     make = getattr(contender, operation)

@@ -74,12 +74,8 @@ def _measure(row: Row, problem: Problem, device: torch.device) -> list[Row]:
 
 
 def extra_resident(row: Row, problem: Problem, threads: int) -> Row:
-    """Columns ``version`` and ``extra_bytes`` of one call in this process, which should have done nothing before.
-
-    Raises:
-        DoesNotApplyError: not on Linux, where the system reports the peak of a resident set.
-    """
-    if platform.system() != "Linux":
+    """Columns ``version`` and ``extra_bytes`` of one call in this process, which should have done nothing before."""
+    if platform.system() != "Linux":  # only Linux reports the peak of a resident set
         raise DoesNotApplyError("needs /proc of Linux")
     torch.set_num_threads(threads)
     limit_memory()

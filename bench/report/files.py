@@ -58,10 +58,9 @@ def fill(readme: Path, stores: Sequence[Store]) -> None:
 
 
 def filled(text: str, stores: Sequence[Store]) -> str:
-    """``text`` with new tables between each ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``, if a store has rows.
+    """``text`` with new tables, if a store has rows, between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``.
 
-    Raises:
-        ValueError: there is no benchmark of that name.
+    An unknown name raises ValueError.
     """
 
     def section(found: re.Match[str]) -> str:

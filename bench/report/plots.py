@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
@@ -25,6 +26,13 @@ _COLOURS = (
 )  # fmt: skip
 _MARKERS = "osD^vP*Xphd<>"
 _COLUMNS = 4
+
+matplotlib.rcParams |= {
+    "figure.dpi": 110, "figure.constrained_layout.use": True, "figure.titlesize": 14, "figure.labelsize": 11,
+    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.labelsize": 11, "font.size": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
+    "legend.fontsize": 9, "legend.frameon": False, "legend.borderaxespad": 0, "lines.markersize": 5,
+}  # fmt: skip
 
 
 def pictures(store: Store) -> dict[str, Figure]:
@@ -66,20 +74,20 @@ def throughput(head: Head, rows: Sequence[Row]) -> Figure:
             panel.barh(i, value - 1, left=1, height=0.72, color=_BLUE if name == OURS else _GREY)
             weight = "bold" if name == OURS else "normal"
             # The label of a bar to the left of 1 stands to the right of 1.
-            panel.text(1.05 * max(1.0, value), i, f"{value:.2g}×", va="center", fontsize=9, color=_INK, weight=weight)
+            panel.text(1.05 * max(1.0, value), i, f"{value:.2g}×", va="center", weight=weight)
         panel.set_xscale("log")
         panel.set_xlim(low, high * (high / low) ** 0.22)
         panel.axvline(1, color=_INK, linewidth=0.9)
         panel.set_yticks(range(len(names)), names)
-        panel.set_title(f"{shape[EXPANDED]['name']}\n{size(shape[EXPANDED])}", fontsize=10, color=_INK, loc="left")
+        panel.set_title(f"{shape[EXPANDED]['name']}\n{size(shape[EXPANDED])}", fontsize=10, loc="left")
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_tick_params(labelbottom=True)
-        _tidy(panel, grid="x")
+        panel.grid(visible=False, axis="y")
     axes[0, 0].invert_yaxis()
     for panel in axes.flat[len(shapes) :]:
         panel.set_visible(False)
-    figure.supxlabel(f"times the throughput of the {EXPANDED} (logarithmic; right of 1 is faster)", fontsize=11)
+    figure.supxlabel(f"times the throughput of the {EXPANDED} (logarithmic; right of 1 is faster)")
     return figure
 
 
@@ -150,16 +158,15 @@ def roofline(head: Head, rows: Sequence[Row], limits: dict[str, float]) -> Figur
     axes.set_ylim(0.6 * min(y for _, y in points), 1.6 * max(product, *(y for _, y in points)))
     _plain_numbers(axes.xaxis)
     _plain_numbers(axes.yaxis)
-    axes.set_xlabel("arithmetic intensity: 2NKD / bytes of tokens, codes and indices, FLOP/byte", fontsize=11)
-    axes.set_ylabel("rate of the search, 2NKD per second, GFLOP/s", fontsize=11)
-    _tidy(axes, grid="both")
+    axes.set_xlabel("arithmetic intensity: 2NKD / bytes of tokens, codes and indices, FLOP/byte")
+    axes.set_ylabel("rate of the search, 2NKD per second, GFLOP/s")
     _legend(axes)
     return figure
 
 
 def _figure(width: float, height: float, title: str, head: Head) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    figure.suptitle(f"{title}\n{head['device']}", fontsize=14, color=_INK)
+    figure = Figure(figsize=(width, height))
+    figure.suptitle(f"{title}\n{head['device']}")
     return figure
 
 
@@ -169,20 +176,12 @@ def _panels(
     """A figure with a panel for each value of a column, side by side, and the rows of each panel."""
     values = unique(rows, column)
     figure = _figure(width * len(values), 5.2, title, head)
-    figure.supxlabel(x, fontsize=11)
-    figure.supylabel(y, fontsize=11)
+    figure.supxlabel(x)
+    figure.supylabel(y)
     panels = list(zip(figure.subplots(1, len(values), sharey=True, squeeze=False)[0], values, strict=True))
     for panel, value in panels:
-        panel.set_title("training step" if value == "train" else value, fontsize=12, color=_INK)
+        panel.set_title("training step" if value == "train" else value)
     return figure, [(panel, rows_where(rows, **{column: value})) for panel, value in panels]
-
-
-def _tidy(axes: Axes, grid: Literal["both", "x"]) -> None:
-    """Light grid, no frame above and to the right."""
-    axes.grid(axis=grid, alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9, colors=_INK)
 
 
 def _plain_numbers(axis: Any) -> None:
@@ -192,7 +191,7 @@ def _plain_numbers(axis: Any) -> None:
 
 def _legend(axes: Axes) -> None:
     """To the right of a panel, in the order of drawing."""
-    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=9, frameon=False)
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     for text in legend.get_texts():
         text.set_fontweight("bold" if text.get_text().startswith(OURS) else "normal")
 
@@ -210,6 +209,5 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]
         if label.startswith(OURS):
             style = {"color": _BLUE, "marker": "o", "linewidth": 2.6, "zorder": 3}
         xs, ys = zip(*curve, strict=True)
-        axes.plot(xs, ys, markersize=5, label=label, **style)
-    _tidy(axes, grid="both")
+        axes.plot(xs, ys, label=label, **style)
     _legend(axes)

@@ -28,7 +28,7 @@ def side_by_side(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     for shape in shapes_of(rows):
         found = {row["contender"]: row for row in shape}
         ours = found.get(OURS, {})
-        cells = [shape[0]["name"], size(shape[0]), _with_wrong(ours, _ms(ours.get("seconds")))]
+        cells = [shape[0]["name"], size(shape[0]), _with_wrong(ours, _ms(ours["seconds"]) if ran(ours) else "-")]
         for row in (found.get(name, {}) for name in others):
             ratio = _places(row["seconds"] / ours["seconds"]) if ran(row) and ran(ours) else "-"
             cells.append(_with_wrong(row, ratio))
@@ -87,9 +87,8 @@ def memory(title: str, head: Head, rows: Sequence[Row]) -> Grid:
 def _flatness(grown: dict[str, float]) -> str:
     if math.isfinite(grown["flat_from"]):
         return f"the same within 5 % from K = {grown['flat_from']:,} on"
-    return (
-        f"{grown['codebooks']:.1f} times the codebook and between {_mib(grown['least'])} and {_mib(grown['most'])} MiB"
-    )
+    least, most = _mib(grown["least"]), _mib(grown["most"])
+    return f"{grown['codebooks']:.1f} times the codebook and between {least} and {most} MiB"
 
 
 def accuracy(title: str, head: Head, rows: Sequence[Row]) -> Grid:
@@ -183,9 +182,7 @@ def _time(row: Row) -> str:
     return _ms(row["seconds"]) if ran(row) else row["status"]
 
 
-def _ms(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
+def _ms(seconds: float) -> str:
     value = 1e3 * seconds
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
