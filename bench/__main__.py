@@ -3,8 +3,6 @@
 Results are stored as they come: an interrupted run goes on where it was when it is started again with the same folder.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

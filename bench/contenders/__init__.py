@@ -1,7 +1,5 @@
 """Everything that is measured beside fastvq; :mod:`bench.contenders.base` is the interface."""
 
-from __future__ import annotations
-
 import torch
 
 import fastvq

@@ -4,8 +4,6 @@ A call starts from plain tensors, as in a training step, where the codebook chan
 packing the codebook is part of the call. A docstring says so where a contender prepares something beforehand.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Sequence

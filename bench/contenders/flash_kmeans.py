@@ -1,7 +1,5 @@
 """The assignment step of flash-kmeans (svg-project/flash-kmeans), a Triton kernel."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any

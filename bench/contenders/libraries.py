@@ -1,7 +1,5 @@
 """Libraries that search, or quantize, on their own: faiss, scikit-learn, KeOps, vector-quantize-pytorch."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from typing import Any

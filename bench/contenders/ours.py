@@ -1,7 +1,5 @@
 """fastvq itself."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

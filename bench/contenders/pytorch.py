@@ -1,7 +1,5 @@
 """Searches and training steps in a few lines of PyTorch, as published modules and careful users write them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

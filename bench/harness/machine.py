@@ -1,7 +1,5 @@
 """What was measured, and where: machine, versions, date and sources, for the head of every result."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import hashlib

@@ -1,7 +1,5 @@
 """The checked options of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,7 +26,7 @@ class Options:
     quick: bool  # few and small sizes
 
     @staticmethod
-    def checked(device: str, dtype: str, shapes: str, contenders: str, repeats: int | None, quick: bool) -> Options:
+    def checked(device: str, dtype: str, shapes: str, contenders: str, repeats: int | None, quick: bool) -> "Options":
         """Options from their texts; an empty text and None stand for the default. ValueError names a wrong option."""
         where = pick_device(device)
         if dtype and dtype not in DTYPES:

@@ -1,7 +1,5 @@
 """The columns of a row: times of a contender that ran, status and note of one that did not."""
 
-from __future__ import annotations
-
 import os
 import traceback
 

@@ -1,7 +1,5 @@
 """The searches that are measured: published models by name, sizes `N×K×D`, and their data."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 

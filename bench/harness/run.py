@@ -1,7 +1,5 @@
 """Measures group after group, stores each when it is done, and skips those that are stored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

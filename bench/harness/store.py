@@ -1,7 +1,5 @@
 """Rows of results in one JSON file, replaced as a whole, so that an interrupted run leaves it valid."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

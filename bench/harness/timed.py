@@ -1,7 +1,5 @@
 """Contenders timed in turns on one problem; the float64 oracle checks their indices in the same run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

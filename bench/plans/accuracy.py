@@ -1,7 +1,5 @@
 """`python -m bench accuracy`: share of wrong indices against float64, over the data's distance from zero."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial

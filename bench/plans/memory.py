@@ -5,8 +5,6 @@ own. This includes memory that libraries take on other threads or without PyTorc
 PyTorch's allocator.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import math

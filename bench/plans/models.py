@@ -1,7 +1,5 @@
 """`python -m bench search` and `train`: time at the sizes of models."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from bench.harness.options import Options

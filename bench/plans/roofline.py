@@ -1,7 +1,5 @@
 """Upper bounds of this machine, measured in the same run: the rates of a matrix product and of a copy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`python -m bench scaling`: how the time of a search grows with tokens, codes and dimensions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Tables and pictures of stored results: on the terminal, as Markdown, as PNG files, and in the documentation."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A table of texts that can be shown on a terminal and written as Markdown."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 from rich.markup import escape

@@ -1,7 +1,5 @@
 """Rows of results as tables, one function per benchmark; formats of numbers."""
 
-from __future__ import annotations
-
 import datetime
 import math
 from collections.abc import Iterator, Sequence
