@@ -1,9 +1,8 @@
 """Exactness and speed on a GPU in one call: `python -m bench.gpu --out DIR`.
 
-Needs an NVIDIA GPU, PyTorch, Triton and rich. It needs no network and no installation beyond `PYTHONPATH=.:kernels`.
+Needs an NVIDIA GPU, PyTorch, Triton, rich and `PYTHONPATH=.:kernels`; no network, no installation.
 Stages run in order of importance, each in its own process: a stage that crashes or hangs takes nothing with it.
-The first use of each kernel compiles it, on all cores.
-DIR/gpu.json has the results and is replaced after every row. DIR/summary.md is printed last.
+DIR/gpu.json is replaced after every row; DIR/summary.md is written at the end and printed last.
 Exit code 1: an index was wrong, a check failed, or a stage did not end. Stages cut for time do not count.
 
 Without a GPU, `--dry-run` takes the same paths at tiny sizes, with interpreted kernels and a host clock.
@@ -23,15 +22,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 
 # Read when kernels are decorated: before anything imports them.
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
+from bench.gpu.device import ceilings
 from bench.gpu.exact import exactness, sanitize, smoke
 from bench.gpu.flash import flash
-from bench.gpu.rows import device_stage, models, timing
+from bench.gpu.problems import MODELS, published
+from bench.gpu.rows import time_searches
 from bench.gpu.stage import Stage
 from bench.gpu.summary import failures, summary
 from bench.gpu.sweep import sweep
@@ -49,12 +49,12 @@ _GRACE_SECONDS = 15.0
 # Each stage with its limit in seconds.
 STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {
     "smoke": (smoke, 60),
-    "device": (device_stage, 30),
+    "device": (lambda stage: stage.add(*ceilings(stage.device, stage.dry)), 30),
     "exactness": (exactness, 110),
-    "timing": (timing, 110),
+    "timing": (lambda stage: time_searches(stage, published(stage.quick)), 110),
     "training": (training, 45),
     "sweep": (sweep, 130),
-    "models": (models, 80),
+    "models": (lambda stage: time_searches(stage, MODELS[: 4 if stage.quick else None]), 80),
     "flash": (flash, 90),
 }
 Publish = Callable[[Row], object]
@@ -166,17 +166,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, print the summary, and return the exit code."""
     options = _arguments(argv)
     if options.sanitize:
         return 0 if sanitize(pick_device(options.device)) else 1
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     document = run(options)
     whole, short = summary(document)
     (options.out / "summary.md").write_text(whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,10 +16,11 @@ import fastvq
 from bench.gpu.problems import MODELS, PUBLISHED, tiny
 from bench.gpu.stage import Stage
 from bench.gpu.sweep import packed_search, variations
-from bench.harness.problems import Problem, dtype_name, make_inputs
+from bench.harness.problems import Problem, make_inputs
 from bench.harness.store import Row
 from fastvq.testing.cases import adversarial_cases
 from fastvq.testing.judge import judge_all
+from fastvq.testing.measure import synchronize
 from fastvq_kernels.configs import packed_width
 
 # Terms x_j, e_kj that the oracle evaluates per problem: about a second on one core.
@@ -27,20 +28,13 @@ _ORACLE_TERMS = 5 * 10**8
 # Not a multiple of any tile.
 _MOST_TOKENS = 200_003
 _CASES_PER_TASK = 4
-Task = Callable[[], list[Row]]
 
 
 def smoke(stage: Stage) -> None:
     """The first search on this device: its kernels compile, run, and are right."""
-    device = stage.device
-    x, codebook = torch.randn(300, 64, device=device), torch.randn(500, 64, device=device)
-    for call in ("first", "second"):
-        start = time.perf_counter()
-        found = _search(x[:12] if stage.dry else x, codebook).cpu()
-        seconds = time.perf_counter() - start
-        wrong = int((found != _oracle(x[: len(found)], codebook)).sum())
-        verdict = {"passed": wrong == 0, "result": f"{seconds:.2f} s, {wrong} wrong"}
-        stage.add({"name": f"{call} search, 300×500×64", "seconds": seconds, "wrong": wrong, **verdict})
+    problem = Problem("first search", 12 if stage.dry else 300, 500, 64)
+    for name in ("first search", "second search"):
+        stage.add(*judge_sample(replace(problem, name=name), "gaussian", stage.device, 0))
 
 
 def exactness(stage: Stage) -> None:
@@ -49,37 +43,32 @@ def exactness(stage: Stage) -> None:
     places = range(0, n_cases, 40) if stage.dry else range(n_cases)
     # Neighbours often share a width. Spread over tasks, they let other processes compile other widths.
     n_tasks = max(1, len(places) // _CASES_PER_TASK)
-    cases: dict[str, Task] = {}
-    for taken in (places[i::n_tasks] for i in range(n_tasks)):
-        cases[f"cases {', '.join(map(str, taken))}"] = partial(judge_cases, taken, stage.device)
-    sampled = list(_sampled(stage))
-    for outcome in stage.outcomes(dict([*sampled[:2], *cases.items(), *sampled[2:]])):
-        for row in outcome.result or []:
-            stage.add(row)
+    cases = [("cases " + ", ".join(map(str, places[i::n_tasks])), places[i::n_tasks]) for i in range(n_tasks)]
+    tasks = {name: partial(judge_cases, taken, stage.device) for name, taken in cases}
+    samples = {
+        f"{problem.name} {problem.size} {kind}": partial(judge_sample, problem, kind, stage.device, n_configs)
+        for problem, kind, n_configs in _samples(stage)
+    }
+    for outcome in stage.outcomes(dict([*list(samples.items())[:2], *tasks.items(), *samples.items()])):
+        stage.add(*(outcome.result or []))
         if outcome.error.startswith("cut"):
             stage.note(f"{outcome.error}: {outcome.key}")
         elif outcome.error:
             stage.add({"name": outcome.key, "passed": False, "result": outcome.error})
 
 
-def _sampled(stage: Stage) -> Iterator[tuple[str, Task]]:
-    """Tasks by name; ``n_configs`` other launch configurations must give the same indices."""
-
-    def task(problem: Problem, kind: str, n_configs: int) -> tuple[str, Task]:
-        label = f"{problem.name} {problem.size} {dtype_name(problem.dtype)} {kind}"
-        return label, partial(judge_sample, problem, kind, stage.device, n_configs)
-
+def _samples(stage: Stage) -> Iterator[tuple[Problem, str, int]]:
+    """Problems, kinds of data, and how many other launch configurations must give the same indices."""
     if stage.dry:
-        yield task(tiny(replace(MODELS[0], name="heads", heads=2)), "near", 1)
+        yield tiny(replace(MODELS[0], name="heads", heads=2)), "near", 1
         return
     problems = [PUBLISHED[0], *MODELS, *PUBLISHED[1:]]
     for i, problem in enumerate(problems[:6] if stage.quick else problems):
         smaller = replace(problem, tokens=min(problem.tokens, _MOST_TOKENS))
-        yield task(smaller, ("gaussian", "offset", "near")[i % 3], 2 if i % 3 == 0 else 0)
+        yield smaller, ("gaussian", "offset", "near")[i % 3], 2 if i % 3 == 0 else 0
     for metric, dtype in (("dot", torch.float16), ("cosine", torch.bfloat16), ("euclidean", torch.bfloat16)):
-        problem = Problem(f"heads, {metric}", 3001, 1000, 32, heads=3, metric=metric, dtype=dtype)
-        yield task(problem, "offset", 1)
-    yield task(PUBLISHED[2], "gaussian", 0)
+        yield Problem(f"heads, {metric}", 3001, 1000, 32, heads=3, metric=metric, dtype=dtype), "offset", 1
+    yield PUBLISHED[2], "gaussian", 0
 
 
 def judge_cases(places: Sequence[int], device: torch.device) -> list[Row]:
@@ -91,26 +80,27 @@ def judge_cases(places: Sequence[int], device: torch.device) -> list[Row]:
 @torch.no_grad()
 def judge_sample(problem: Problem, kind: str, device: torch.device, n_configs: int) -> list[Row]:
     """Indices of a sample against the oracle, and all indices against other batch splits and configurations."""
-    start = time.perf_counter()
     (x,), codebook = make_inputs(problem, device, kind=kind, seed=7)
+    start = time.perf_counter()
     found = _search(x, codebook, problem.metric)
+    synchronize(device)
+    seconds = time.perf_counter() - start
     differing = {name: int((other != found).sum()) for name, other in _other_ways(problem, x, codebook, n_configs)}
     n = max(16, min(512, _ORACLE_TERMS // codebook.numel()))
     sample = torch.linspace(0, problem.tokens - 1, min(n, problem.tokens)).long()
     expected = _oracle(x[..., sample.to(device), :], codebook, problem.metric)
     wrong = int((found.cpu()[..., sample] != expected).sum())
-    unequal = {name: count for name, count in differing.items() if count}
-    result = f"{wrong} wrong of {expected.numel()}" + "".join(f"; {name}: {n} differ" for name, n in unequal.items())
+    unequal = [f"; {name}: {count} differ" for name, count in differing.items() if count]
+    result = f"{wrong} wrong of {expected.numel()} in {seconds:.2f} s" + "".join(unequal)
     verdict = {"passed": wrong == 0 and not unequal, "result": result, "checks": ["oracle", *differing]}
-    seconds = time.perf_counter() - start
     return [{**problem.describe(), "name": f"{problem.name}, {kind}", **verdict, "seconds": seconds}]
 
 
-def _search(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+def _search(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     return fastvq.nearest_code(x, codebook, metric=metric, backend="triton")
 
 
-def _oracle(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+def _oracle(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     return fastvq.nearest_code(x.cpu(), codebook.cpu(), metric=metric, backend="reference")
 
 
@@ -127,21 +117,20 @@ def _other_ways(problem: Problem, x: Tensor, codebook: Tensor, n_configs: int) -
 
 def sanitize(device: torch.device) -> bool:
     """A few tiny searches that reach every kernel and branch, for ``compute-sanitizer``; whether all were right."""
-    searches = [
-        *((37, 70, dim, "euclidean", 1) for dim in (3, 8, 64, 100, 192, 256, 512, 1024)),
-        *((37, 70, 16, metric, heads) for metric in ("cosine", "dot") for heads in (1, 2)),
-        (5, 4096, 16, "euclidean", 1),  # few tokens, many codes: split over codes
-        (600, 130, 16, "euclidean", 2),  # several token tiles
+    problems = [
+        *(Problem("dim", 37, 70, dim) for dim in (3, 8, 64, 100, 192, 256, 512, 1024)),
+        *(Problem("metric", 37, 70, 16, heads, metric) for metric in ("cosine", "dot") for heads in (1, 2)),
+        Problem("split over codes", 5, 4096, 16),
+        Problem("several token tiles", 600, 130, 16, heads=2),
     ]
     right = True
-    for tokens, codes, dim, metric, heads in searches:
-        problem = Problem("sanitize", tokens, codes, dim, heads=heads, metric=metric)
+    for problem in problems:
         (x,), codebook = make_inputs(problem, torch.device("cpu"))
         x[..., 3, 0] = torch.nan
         codebook[..., 5, -1] = torch.inf
         codebook[..., 40:44, :] = codebook[..., 10:14, :]  # ties
-        found = _search(x.to(device), codebook.to(device), metric).cpu()
-        wrong = int((found != _oracle(x, codebook, metric)).sum())
+        found = _search(x.to(device), codebook.to(device), problem.metric).cpu()
+        wrong = int((found != _oracle(x, codebook, problem.metric)).sum())
         right &= wrong == 0
-        print(f"{problem.size} {metric}: {wrong} wrong", flush=True)
+        print(f"{problem.size} {problem.metric}: {wrong} wrong", flush=True)
     return right

@@ -26,8 +26,8 @@ def flash(stage: Stage) -> None:
                 continue
             rivals = {name: RIVALS[name] for name in ("fastvq", "fastvq packed", "flash-kmeans")}
             rivals[_BEST] = partial(flash_kmeans.search, config=best)
-            for row in measure(stage, problem, rivals):
-                stage.add({**row, "note": f"{best}; {note}"} if row["contender"] == _BEST else row)
+            *others, row = measure(stage, problem, rivals)
+            stage.add(*others, {**row, "note": f"{best}; {note}"})
 
 
 def _best(stage: Stage, problem: Problem) -> tuple[dict[str, int] | None, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,19 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from fastvq.testing.measure import synchronize
 
 
-class Kernel(NamedTuple):
-    """One kernel, copy or fill that ran on the device; duration in microseconds."""
-
-    name: str
-    duration: float
-
-
-def kernels_of(function: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """Kernels that ``function`` runs on the device, in order of their start; on the CPU PyTorch's operators.
-
-    Raises:
-        RuntimeError: the profiler saw nothing.
-    """
+def kernels_of(function: Callable[[], object], device: torch.device) -> list[tuple[str, float]]:
+    """Names and microseconds of the kernels of a call, in order of their start; on the CPU PyTorch's operators."""
     cuda = device.type == "cuda"
     synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
@@ -36,19 +25,15 @@ def kernels_of(function: Callable[[], object], device: torch.device) -> list[Ker
     if not events:
         raise RuntimeError("the profiler saw no kernel")
     events.sort(key=lambda event: event.time_range.start)
-    return [Kernel(event.name, event.time_range.elapsed_us()) for event in events]
+    return [(event.name, event.time_range.elapsed_us()) for event in events]
 
 
 def stage_seconds(function: Callable[[], object], calls: int, device: torch.device) -> dict[str, Any]:
-    """Seconds on the device of each fastvq kernel, and of everything PyTorch runs around them.
-
-    Returns:
-        ``seconds`` per call by kernel name and under ``"torch"``, and ``launches`` per call.
-    """
+    """``seconds`` per call by name of fastvq's kernels, with PyTorch's under ``"torch"``, and ``launches`` per call."""
     found = kernels_of(lambda: [function() for _ in range(calls)], device)
     seconds: dict[str, float] = defaultdict(float)
-    for kernel in found:
-        seconds[stage_name(kernel.name)] += kernel.duration / 1e6 / calls
+    for name, duration in found:
+        seconds[stage_name(name)] += duration / 1e6 / calls
     return {"seconds": dict(seconds), "launches": len(found) / calls}
 
 

@@ -41,10 +41,5 @@ def published(quick: bool) -> list[Problem]:
 
 def tiny(problem: Problem) -> Problem:
     """The same problem at a size for the interpreter."""
-    return replace(
-        problem,
-        tokens=min(problem.tokens, 12),
-        codes=min(problem.codes, 40),
-        dim=min(problem.dim, 32),
-        heads=min(problem.heads, 2),
-    )
+    most = {"tokens": 12, "codes": 40, "dim": 32, "heads": 2}
+    return replace(problem, **{name: min(size, getattr(problem, name)) for name, size in most.items()})

@@ -1,8 +1,8 @@
-"""Stages that time whole searches: fastvq beside the matrix product, flash-kmeans, cdist and the formula in use."""
+"""Times of whole searches: fastvq beside the matrix product, flash-kmeans, cdist and the expanded formula."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bench.contenders import CONTENDERS, SPECIAL, ours
 from bench.contenders.base import Prepare, Prepared
-from bench.gpu.device import ceilings, clocks
+from bench.gpu.device import clocks
 from bench.gpu.kernels import stage_seconds
-from bench.gpu.problems import MODELS, PUBLISHED, published, tiny
+from bench.gpu.problems import PUBLISHED, tiny
 from bench.gpu.stage import Stage
 from bench.harness.outcome import describe
 from bench.harness.problems import Problem, dtype_name, make_inputs
@@ -36,45 +36,24 @@ RIVALS: dict[str, Prepare] = {"fastvq": ours.search_kernels} | {
 }
 
 
-def device_stage(stage: Stage) -> None:
-    """The two ceilings."""
-    for row in ceilings(stage.device, stage.dry):
-        stage.add(row)
-
-
-def timing(stage: Stage) -> None:
-    """Sizes of published benchmarks."""
-    _time_all(stage, published(stage.quick))
-
-
-def models(stage: Stage) -> None:
-    """Sizes of models."""
-    _time_all(stage, list(MODELS[:4] if stage.quick else MODELS))
-
-
-def _time_all(stage: Stage, problems: list[Problem]) -> None:
+def time_searches(stage: Stage, problems: Sequence[Problem]) -> None:
+    """Compile for all problems, then time the contenders of each problem in turns."""
     if stage.dry:
         problems = [tiny(problems[0])]
-    broken = _compile(stage, problems)
+    # A kernel that fails in a process of its own is not run in this one.
+    outcomes = list(stage.outcomes({problem: partial(warm, problem, stage.device) for problem in problems}))
+    broken = {outcome.key: outcome.error for outcome in outcomes if not outcome.error.startswith("cut")}
+    stage.workers.end()
     for problem in stage.while_time(problems, _label):
-        contenders = dict(RIVALS)
-        if problem.dtype != torch.float32 and problem.name != PUBLISHED[0].name:
-            contenders = {name: make for name, make in contenders.items() if name not in _SLOW_CONTENDERS}
+        every = problem.dtype == torch.float32 or problem.name == PUBLISHED[0].name
+        contenders = {name: make for name, make in RIVALS.items() if every or name not in _SLOW_CONTENDERS}
         with stage.guarded(_label(problem)):
-            for row in measure(stage, problem, contenders, broken.get(problem, "")):
-                stage.add(row)
+            stage.add(*measure(stage, problem, contenders, broken.get(problem, "")))
         torch.cuda.empty_cache()
 
 
 def _label(problem: Problem) -> str:
     return f"{problem.name} {dtype_name(problem.dtype)}"
-
-
-def _compile(stage: Stage, problems: list[Problem]) -> dict[Problem, str]:
-    """Compile fastvq's kernels for all problems at once; errors by problem, which this process then does not run."""
-    outcomes = list(stage.outcomes({problem: partial(warm, problem, stage.device) for problem in problems}))
-    stage.workers.end()
-    return {outcome.key: outcome.error for outcome in outcomes if not outcome.error.startswith("cut")}
 
 
 def warm(problem: Problem, device: torch.device) -> None:
@@ -85,11 +64,7 @@ def warm(problem: Problem, device: torch.device) -> None:
 
 
 def measure(stage: Stage, problem: Problem, contenders: Mapping[str, Prepare], broken: str = "") -> list[Row]:
-    """Time contenders in turns on one problem; fastvq cannot run if ``broken`` says why.
-
-    Returns:
-        One row per contender; ``status`` is ``"ok"`` or that of :func:`bench.harness.outcome.failure`, with ``note``.
-    """
+    """Time contenders in turns on one problem, a row for each; ``broken`` says why fastvq cannot run, if so."""
     buffers = 2 if stage.dry else max(2, min(4, BATCH_BYTES // (problem.heads * problem.tokens * problem.dim * 4)))
     batches, codebook = make_inputs(problem, stage.device, buffers)
     expected: list[Tensor] = []

@@ -38,9 +38,9 @@ class Stage:
         """The clock of the device, made at its first use: on a GPU it takes memory."""
         return Clock(self.device)
 
-    def add(self, row: Row) -> None:
-        """Keep a row."""
-        self.document["rows"].append(row)
+    def add(self, *rows: Row) -> None:
+        """Keep rows."""
+        self.document["rows"] += rows
         self.publish(self.document)
 
     def note(self, text: str) -> None:

@@ -36,7 +36,7 @@ def summary(document: Document) -> tuple[str, str]:
     medians = "Medians in ms; rates, ratios and open tokens of the search with packed codes"
     sections = [
         _head(document),
-        _section("WRONG OR FAILED", _wrong(wrong)),
+        _section(f"WRONG OR FAILED: {len(wrong)}", [f"- {line[:300]}" for line in wrong[:_MOST_FAILURES]]),
         _section("Checks", _checks(document)),
         _section(medians, _table(_TIMES, _by_problem(document, "timing"))),
         _section("Sizes of models", _table(_TIMES, _by_problem(document, "models"))),
@@ -77,11 +77,6 @@ def _head(document: Document) -> str:
         notes = f"; {'; '.join(stage['notes'])[:300]}" if stage["notes"] else ""
         lines.append(f"- {name}: {stage['status']}, {stage.get('seconds', 0):.0f} s, {len(stage['rows'])} rows{notes}")
     return "\n".join(lines) + "\n"
-
-
-def _wrong(found: list[str]) -> list[str]:
-    more = [f"- ... and {len(found) - _MOST_FAILURES} more"] if len(found) > _MOST_FAILURES else []
-    return [f"- {line[:300]}" for line in found[:_MOST_FAILURES]] + more
 
 
 def _checks(document: Document) -> list[str]:
@@ -126,8 +121,7 @@ def _stage_times(document: Document) -> list[str]:
 
 
 def _rows(document: Document, stage: str) -> list[Document]:
-    rows: list[Document] = document["stages"].get(stage, {}).get("rows", [])
-    return rows
+    return list(document["stages"].get(stage, {}).get("rows", []))
 
 
 def _by_problem(document: Document, stage: str) -> list[dict[str, Document]]:

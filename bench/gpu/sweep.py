@@ -27,6 +27,7 @@ from fastvq_kernels.search.scan import scan_kernel
 WIDTHS = {64: 64, 128: 128, 16: 4, 32: 8, 256: 256, 512: 512, 192: 192, 1024: 1024}
 _TOKENS, _CODES = 131_072, 8192
 Changes = dict[str, Any]
+Search = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Values tried for a field. Flags are flipped, block_d follows the width, lanes are fixed by the hardware.
 _VALUES: dict[str, tuple[int, ...]] = {
@@ -75,22 +76,18 @@ def _applied(width: int, changes: Iterable[Changes]) -> list[ScanConfig]:
 def sweep(stage: Stage) -> None:
     """Two rounds per width: single changes of the default, then combinations of the changes that helped."""
     widths = list(WIDTHS)[: 1 if stage.dry else None]
-    # The defaults of all widths at once: compiling one search keeps one core busy.
+    # Compile the defaults of all widths at once: one search keeps one core busy.
     defaults = {width: partial(run_once, _problem(stage, width), scan_config(width), stage.device) for width in widths}
-    for outcome in stage.outcomes(defaults):
-        if outcome.error:
-            stage.note(f"width {outcome.key}: the default does not run: {outcome.error}")
+    list(stage.outcomes(defaults))
     for width in stage.while_time(widths, lambda width: f"width {width}"):
         with stage.guarded(f"width {width}"):
-            configs = variations(width)
-            rows = _measure(stage, width, configs[:3] if stage.dry or stage.quick else configs)
-            if not stage.dry and stage.left() > 20:
-                tried = {row["config"] for row in rows}
-                fresh = [config for config in _applied(width, _combinations(rows)) if repr(config) not in tried]
-                if fresh:
-                    rows += _measure(stage, width, [configs[0], *fresh])[1:]
-            for row in sorted(rows, key=lambda row: row["relative"] or float("inf")):
-                stage.add({"width": width, **row})
+            configs = variations(width)[: 3 if stage.dry or stage.quick else None]
+            rows = _measure(stage, width, configs)
+            fresh = [config for config in _applied(width, _combinations(rows)) if config not in configs]
+            if fresh and not stage.dry and stage.left() > 20:
+                rows += _measure(stage, width, [configs[0], *fresh])[1:]
+            rows.sort(key=lambda row: row["relative"] or float("inf"))
+            stage.add(*({"width": width, **row} for row in rows))
 
 
 def _problem(stage: Stage, width: int) -> Problem:
@@ -105,9 +102,7 @@ def _combinations(rows: list[Row]) -> list[Changes]:
     return [second | first for first, second in combinations(changes, 2)][:_COMBINED]
 
 
-def packed_search(
-    problem: Problem, codebook: Tensor, config: ScanConfig | None = None
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def packed_search(problem: Problem, codebook: Tensor, config: ScanConfig | None = None) -> Search:
     """The search in a codebook packed for a configuration: indices ``[H, N]`` and the number of open tokens ``[H]``."""
     packed = pack_codebook(codebook, problem.metric, config)
     return lambda x: certified_search(with_heads(x), packed)
@@ -143,7 +138,7 @@ def _measure(stage: Stage, width: int, configs: list[ScanConfig]) -> list[Row]:
     good = [config for config, row in zip(configs, rows, strict=True) if row["status"] == "ok"]
     batches, codebook = make_inputs(problem, stage.device, 3)
 
-    def rotating(search: Callable[[Tensor], Any], i: int) -> Any:
+    def rotating(search: Search, i: int) -> Any:
         return search(batches[i % 3])
 
     searches = {repr(config): partial(rotating, packed_search(problem, codebook, config)) for config in good}
@@ -180,7 +175,7 @@ def _scan_seconds(stage: Stage, searches: Mapping[str, Callable[[int], Any]]) ->
             search(i)
 
     try:
-        scans = [found.duration for found in kernels_of(in_turns, stage.device) if found.name.startswith("scan_kernel")]
+        scans = [time for name, time in kernels_of(in_turns, stage.device) if name.startswith("scan_kernel")]
         durations = torch.tensor(scans).view(rounds, len(searches)).median(0).values / 1e6
     except Exception as error:  # the profiler is no part of the measurement
         if stage.device.type == "cuda":  # interpreted, the scan is no kernel

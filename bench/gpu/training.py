@@ -8,6 +8,7 @@ from functools import partial
 from itertools import product
 
 import torch
+from torch import Tensor
 
 import fastvq
 from bench.gpu.kernels import count_compiled
@@ -135,19 +136,19 @@ def statistics(device: torch.device) -> Row:
         name = f"{tokens}×{codes}×{dim}, {usage}"
         x = torch.randint(-8, 8, (tokens, dim), device=device).float()
         indices = torch.randint(codes if usage == "even" else 1, (tokens,), device=device)
-        forms = {
-            form: partial(code_statistics, x, indices, codes, fixed)
-            for form, fixed in (("atomics", False), ("ordered", True))
-        }
         counts = torch.bincount(indices.cpu(), minlength=codes).float()
         sums = torch.zeros(codes, dim).index_add_(0, indices.cpu(), x.cpu())
-        for form, call in forms.items():
+        calls = {form: partial(_statistics, x, indices, codes, form) for form in ("atomics", "ordered")}
+        for form, call in calls.items():
             found = [t.cpu() for t in call()]
             if not (torch.equal(found[0], counts) and torch.equal(found[1], sums)):
                 wrong.append(f"{form}, {name}")
-        if not torch.equal(*(code_statistics(x * 0.37, indices, codes, True)[1] for _ in range(2))):
+        if not torch.equal(*(_statistics(x * 0.37, indices, codes, "ordered")[1] for _ in range(2))):
             wrong.append(f"not repeatable, {name}")
-        calls = {form: lambda _, call=call: call() for form, call in forms.items()}
         seconds[name] = {form: timing.median for form, timing in clock.interleaved(calls, 5).items()}
         seconds[name]["chosen"] = seconds[name]["ordered" if atomics_would_queue(tokens, codes) else "atomics"]
     return {"passed": not wrong, "result": "; ".join(wrong) or "right", "seconds_by_form": seconds}
+
+
+def _statistics(x: Tensor, indices: Tensor, codes: int, form: str, call: int = 0) -> tuple[Tensor, Tensor]:
+    return code_statistics(x, indices, codes, form == "ordered")
