@@ -1,5 +1,7 @@
 """Tokens into the packed frame: shift, one power of two per tile, fp16, and the measured residuals."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
