@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from states import assert_equal_states
 
 import fastvq
 from fastvq.backends.choose import BACKENDS
@@ -175,5 +176,4 @@ def test_training_by_every_backend_gives_the_same_codebook(restarts, kernel_devi
             codebook(batch)
         states.append(codebook.state_dict())
     for state in states[1:]:
-        for name, value in state.items():
-            assert torch.equal(value, states[0][name]), name
+        assert_equal_states(state, states[0])

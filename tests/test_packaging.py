@@ -1,21 +1,16 @@
 """What a user installs and imports."""
 
 import os
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from checkout import ROOT, run
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run("-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("fastvq_triton-*.whl"))
 
@@ -25,10 +20,7 @@ def python(code, site, **environment):
     hide = (
         f"import sys; sys.path[:] = [p for p in sys.path if p not in ({str(ROOT)!r}, {str(ROOT / 'kernels')!r}, '')]\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(site), **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", hide + code], cwd=site, env=env, capture_output=True, text=True, check=False
-    )
+    done = run("-c", hide + code, cwd=site, env={**os.environ, "PYTHONPATH": str(site), **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -52,8 +44,7 @@ def test_installed_wheel_leaves_transformers_as_it_was(wheel, tmp_path):
 
 def in_checkout(code):
     """What ``code`` prints in a fresh process with the bare checkout on the path."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    done = run("-c", code)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -1,14 +1,10 @@
 """Every shipped kernel, compiled offline for the chips it is meant for."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import checkout
 import pytest
 
-ROOT = Path(__file__).parents[2]
 KERNELS = {
     "scan_kernel",
     "measure_columns_kernel",
@@ -28,10 +24,8 @@ KERNELS = {
 
 
 def run_static(**environment):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "bench.static", "--json"]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {name: value for name, value in checkout.environment().items() if name != "TRITON_INTERPRET"} | environment
+    return checkout.run("-m", "bench.static", "--json", env=env, cwd=checkout.ROOT)
 
 
 @pytest.fixture(scope="module")

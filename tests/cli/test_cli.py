@@ -1,13 +1,12 @@
 import json
-import os
 import re
-import subprocess
 import sys
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from checkout import run
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -37,11 +36,6 @@ def picture(tmp_path):
 
 def invoke(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def run_python(code):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
 def assert_one_line_error(result, *parts: str, code: int = 2):
@@ -154,7 +148,7 @@ def test_missing_extra_names_the_command_that_installs_it(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_command_line_without_its_extra_is_one_line(module):
-    done = run_python(f"import sys; sys.modules[{module!r}] = None; from fastvq.cli import main; main()")
+    done = run("-c", f"import sys; sys.modules[{module!r}] = None; from fastvq.cli import main; main()")
     assert done.returncode == 2
     assert done.stderr == f'fastvq: the command line needs {module}: pip install "fastvq-triton[cli]"\n'
 
@@ -214,7 +208,7 @@ def test_main_reports_wrong_usage_in_one_line(arguments, monkeypatch, capsys):
 
 def test_import_of_the_library_needs_none_of_the_command_lines_packages():
     packages = {"typer", "rich", "matplotlib", "sklearn", "PIL"}
-    done = run_python(f"import sys, fastvq; print({packages} & sys.modules.keys())")
+    done = run("-c", f"import sys, fastvq; print({packages} & sys.modules.keys())")
     assert done.stdout == "set()\n", done.stderr
 
 

@@ -1,27 +1,24 @@
 """The example as a user runs it: on one process, stopped and continued, and on two."""
 
-import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import typer
+from checkout import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "examples" / "train_vqvae.py")
 TINY = ("--codes", "24", "--dim", "6", "--batch", "4", "--crop", "16", "--device", "cpu")
 STEPS = "60"
 
 
 def start(*arguments, launcher=()):
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     # One thread, as torchrun sets it: more would wait for those of other tests.
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    env = environment(OMP_NUM_THREADS="1")
     command = [sys.executable, *launcher, SCRIPT, *TINY, *map(str, arguments)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -7,11 +7,11 @@ alignment of an address. What it distinguishes is asked of Triton itself, in a p
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from checkout import run
 
 TOKENS = (16, 1, 7, 100, 4096)
 CODES = (1024, 1, 100, 100_000)
@@ -34,9 +34,7 @@ def launches():
     """For each family, the specialisations of all kernels launched for each of its problems."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
+    done = run(__file__, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

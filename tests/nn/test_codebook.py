@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from states import assert_equal_states
 
 import fastvq
 from fastvq import reference
@@ -86,8 +87,7 @@ def test_frozen_and_evaluated_codebooks_do_not_change():
     module.eval()
     module(torch.randn(30, 4))
     assert module._need_init
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, before[name])
+    assert_equal_states(module, before)
 
 
 def test_any_leading_shape_and_strides():

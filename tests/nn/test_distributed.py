@@ -1,18 +1,16 @@
 """Real processes over gloo: one codebook, bit for bit, and the one that a single process would have learned."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import rank_programs
 import torch
+from checkout import environment
 from rank_programs import CODES, STEPS, batch, batches_of_model, encoder, fit, trained_codebook
 
 from fastvq import reference
 
-ROOT = Path(__file__).parents[2]
 PAIR = (
     "data_parallel",
     "data_parallel_without_broadcast",
@@ -27,11 +25,10 @@ PAIR = (
 
 
 def launch(programs, world_size, folder):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, rank_programs.__file__, *programs]
     return [
         subprocess.Popen(
-            [*command, str(rank), str(world_size), str(folder)], env=env, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(world_size), str(folder)], env=environment(), stderr=subprocess.PIPE, text=True
         )
         for rank in range(world_size)
     ]

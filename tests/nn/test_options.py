@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from states import assert_equal_states
 
 import fastvq
 from fastvq import reference
@@ -16,11 +17,6 @@ def trained(seed=0, **options):
     module = fastvq.EMACodebook(12, 4, **options)
     module(torch.randn(50, 4).T[None] if options.get("channel_first") else torch.randn(50, 4))
     return module
-
-
-def assert_equal_state(a, b):
-    for name, value in a.state_dict().items():
-        assert torch.equal(value, b.state_dict()[name]), name
 
 
 def assert_close_state(a, b):
@@ -38,7 +34,7 @@ def test_channel_first_is_the_same_quantizer_in_another_layout(shape, metric):
     assert torch.equal(result.quantized.movedim(1, -1), expected.quantized)
     assert torch.equal(result.indices, expected.indices)
     assert result.quantized.stride() == z.stride()
-    assert_equal_state(last, first)
+    assert_equal_states(last, first)
     for quantized, _, loss in (expected, result):
         (quantized.square().sum() + loss).backward()
     assert torch.equal(leaves[1].grad.movedim(1, -1), leaves[0].grad)
@@ -112,8 +108,7 @@ def test_accumulated_batches_update_as_one(options):
         parts(batches[0], mask[0])
         with parts.accumulate():
             parts(batches[1], mask[1])
-        for name, value in parts.state_dict().items():
-            assert torch.equal(value, before[name])
+        assert_equal_states(parts, before)
     parts(batches[2], mask[2])
     assert_close_state(whole, parts)
     parts(batches[0])

@@ -1,15 +1,14 @@
 """The state of a codebook through checkpoints, casts, copies, devices and crashes."""
 
 import copy
-import os
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from checkout import run
+from states import assert_equal_states
 
 import fastvq
 from fastvq import reference
@@ -86,11 +85,6 @@ def trained(**options):
     return module
 
 
-def assert_equal_state(a, b):
-    for name, value in a.state_dict().items():
-        assert torch.equal(value, b.state_dict()[name]), name
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_lookups_fit_the_model_that_was_cast(dtype):
     module = fastvq.EMACodebook(12, 4).to(dtype).to("cpu").share_memory()
@@ -110,8 +104,7 @@ def test_a_refused_checkpoint_leaves_the_codebook_alone():
     with pytest.raises(RuntimeError, match="size mismatch"):
         module.load_state_dict({"embeddings": torch.randn(3, 2)}, strict=False)
     assert module._need_init
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, before[name])
+    assert_equal_states(module, before)
 
 
 def test_averages_that_a_checkpoint_lacks_are_those_of_its_codes():
@@ -138,7 +131,7 @@ def test_published_checkpoints_load_under_any_prefix(prefix):
         model = torch.nn.ModuleDict({name: model})
     model.load_state_dict({prefix + name: value for name, value in published.state_dict().items()})
     assert not module._need_init
-    assert_equal_state(module, published)
+    assert_equal_states(module, published)
 
 
 def test_state_saved_before_the_first_batch_is_initialised_by_it():
@@ -184,10 +177,10 @@ def test_built_on_meta_and_loaded_it_is_the_same_module():
     other.to_empty(device="cpu")
     assert not other.N.any()
     other.load_state_dict(module.state_dict())
-    assert_equal_state(other, module)
+    assert_equal_states(other, module)
     batch = torch.randn(30, 4)
     assert torch.equal(other(batch).quantized, module(batch).quantized)
-    assert_equal_state(other, module)
+    assert_equal_states(other, module)
 
 
 def test_built_on_meta_and_not_loaded_it_is_initialised():
@@ -208,7 +201,7 @@ def test_modules_pickled_by_earlier_versions_get_the_defaults():
     batch = torch.randn(30, 4)
     for mode in (True, False):
         assert torch.equal(other.train(mode)(batch).quantized, module.train(mode)(batch).quantized)
-    assert_equal_state(other, module)
+    assert_equal_states(other, module)
 
 
 def test_evaluation_of_every_option_exports():
@@ -243,20 +236,15 @@ torch.save(module.state_dict(), f"{folder}/result.pt")
 
 
 def test_a_killed_training_resumes_bit_for_bit(tmp_path):
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     states = []
     for attempts in (("whole",), ("crash", "resume")):
         folder = tmp_path / attempts[0]
         folder.mkdir()
         for attempt in attempts:
-            done = subprocess.run(
-                [sys.executable, "-c", CRASH, str(folder), attempt], env=env, check=False, timeout=500
-            )
+            done = run("-c", CRASH, folder, attempt, timeout=500)
             assert done.returncode == (-signal.SIGKILL if attempt == "crash" else 0)
         states.append(torch.load(folder / "result.pt"))
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
+    assert_equal_states(states[0], states[1])
 
 
 @pytest.mark.parametrize("file", ["before_wings.pt", "before_wings.pickle"])
