@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from bench.report.grid import Grid, as_table
 from bench.static import launches
 from bench.static.issue_model import H100, PairCost, modelled_time, slots_per_pair
 from bench.static.main_loop import code_tile_loop, flat_loop, main_loop
@@ -157,16 +157,9 @@ def main() -> None:
         json.dump(rows, sys.stdout)
         return
     console = Console(width=120)
-    for title, columns, left, note in _TABLES:
-        key = columns[-1][0]
-        table = Table(title=title)
-        for i, (_, heading, _) in enumerate(columns):
-            table.add_column(heading, justify="left" if i < left else "right", no_wrap=True)
-        for row in rows:
-            if key in row:
-                table.add_row(*(show(row[name]) for name, _, show in columns))
-        console.print(table)
-        console.print(note)
+    for title, columns, left, remark in _TABLES:
+        lines = [[show(row[name]) for name, _, show in columns] for row in rows if columns[-1][0] in row]
+        console.print(as_table(Grid(title, [remark], [heading for _, heading, _ in columns], lines, left)))
     for row in rows:
         if "ratio_overlapped" in row:
             console.print(

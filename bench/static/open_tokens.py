@@ -23,11 +23,12 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from bench.gpu.problems import MODELS, PUBLISHED
 from bench.harness.problems import Problem, make_inputs
+from bench.harness.store import write_json
+from bench.report.grid import Grid, as_markdown, as_table
 from bench.static.issue_model import H100
 from bench.static.refine_model import COUNTS, ranges_on_gpu, same_counts, sm_90_config
 from fastvq import EMACodebook
@@ -160,7 +161,7 @@ def _drawn(problem: Problem, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def table_cells(row: Row) -> list[str]:
-    """Name, K×D, data and the shares in percent; then candidates per open token that is not hard."""
+    """Name, K×D, data, tokens, the shares in percent, and candidates per open token that is not exhaustive."""
     shares = [f"{100 * row[kind] / row['tokens']:.2f}" for kind in ("by_scan", "by_two", "open", "exhaustive")]
     few = row["open"] - row["exhaustive"]
     candidates = f"{row['candidates'] / few:.1f}" if few else "-"
@@ -173,8 +174,7 @@ _HEADINGS = ("shape", "K×D", "data", "tokens", "% scan", "% two codes", "% open
 
 def markdown(rows: Sequence[Row]) -> str:
     """The stored counts as Markdown: Gaussian data and photographs."""
-    lines = [_HEADINGS, ["---"] * len(_HEADINGS), *(table_cells(row) for row in rows if row["data"] != "near")]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return as_markdown(Grid("", [], [*_HEADINGS], [table_cells(row) for row in rows if row["data"] != "near"]))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -207,21 +207,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = [sys.executable, "-m", "bench.static.open_tokens", *(sys.argv[1:] if argv is None else argv)]
         os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     rows: list[Row] = []
-    table = Table(*_HEADINGS, title=f"Tokens proved by each step, configuration of sm_90, {H100.sms} SMs")
     for problem in track(options.problems, "counting", console=Console(stderr=True), transient=True):
         rows += rows_of(problem, options.tokens)
-        document = {
-            "benchmark": "open tokens",
-            "versions": versions(),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "rows": rows,
-        }
-        if options.out:  # after every shape, so that an interrupted run keeps what is done
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        if options.out:  # after every shape, so that an interrupted run keeps its rows
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    for row in rows:
-        table.add_row(*table_cells(row))
-    Console(width=120).print(table)
+            document = {"benchmark": "open tokens", "versions": versions(), "date": date, "rows": rows}
+            write_json(options.out, document)
+    title = f"Tokens proved by each step, configuration of sm_90, {H100.sms} SMs"
+    Console(width=120).print(as_table(Grid(title, [], [*_HEADINGS], [table_cells(row) for row in rows])))
 
 
 if __name__ == "__main__":
