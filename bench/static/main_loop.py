@@ -1,4 +1,4 @@
-"""Count what the main loop of a compiled kernel issues for one tile of codes."""
+"""Counts the instructions that the main loop of a compiled kernel issues for one tile of codes."""
 
 import re
 from collections import Counter
@@ -35,14 +35,9 @@ class Loop:
 def main_loop(compiled: Compiled, *, inner_passes: int | None = None) -> Loop:
     """The innermost loop with matrix instructions; of several, the one with most of them.
 
-    A software-pipelined loop starts the products of one tile and finishes those of another, and is still passed
-    once per tile. A warp-specialised kernel has a loop per role, of which this is the one that multiplies.
-
-    inner_passes: for kernels that walk D in a loop inside the loop over code tiles. The result is then the loop
-        around the innermost one, in which the innermost counts this many times.
-
-    Raises ValueError for a kernel compiled for AMD, one without such a loop, and `inner_passes` where no loop with
-    matrix instructions lies around the innermost.
+    A software-pipelined loop is passed once per tile, although it finishes the products of another tile than it starts.
+    With `inner_passes`, for kernels that walk D in a loop of its own, the result is the loop around the innermost one,
+    which counts this many times. Raises ValueError where there is no such loop, and for AMD.
     """
     flow, loops, innermost = _busy_loops(compiled)
     head = max(innermost, key=lambda h: (_matrix(flow, loops[h]), len(loops[h])))
@@ -52,13 +47,10 @@ def main_loop(compiled: Compiled, *, inner_passes: int | None = None) -> Loop:
 def code_tile_loop(compiled: Compiled, *, pairs: int, depth: int, chunks: int = 1) -> Loop:
     """The region passed once per code tile, with its matrix instructions as proof.
 
-    Whether a loop over chunks of D survives or is unrolled into the loop over code tiles is the compiler's choice
-    and changes with D and target; this takes an innermost loop if it multiplies a whole tile, and otherwise the
-    loop around one that multiplies a chunk. A kernel may have loops over tiles of several sizes.
-
-    pairs: BM·BN. depth: padded D. chunks: of D. Raises ValueError where no loop multiplies exactly one tile (the
-    compiler peeled passes or unrolled tiles: use `main_loop` and `pairs_per_pass`), and for tcgen05 and AMD, which do
-    not show their shapes.
+    The compiler may unroll a loop over chunks of D into the loop over code tiles. So this takes an innermost loop if it
+    multiplies a whole tile of `pairs` = BM·BN at the padded `depth`, and otherwise the loop around one that multiplies
+    a chunk. Raises ValueError where no loop multiplies exactly one tile, and for tcgen05 and AMD, which do not show
+    their shapes.
     """
     flow, loops, innermost = _busy_loops(compiled)
     multiplied = []
@@ -74,12 +66,10 @@ def code_tile_loop(compiled: Compiled, *, pairs: int, depth: int, chunks: int = 
 
 
 def flat_loop(compiled: Compiled, *, pairs: int, depth: int, chunks: int) -> Loop:
-    """What a loop over the chunks of all code tiles issues for one tile: `chunks` passes, one with the tile's end.
+    """One tile of a loop over the chunks of all code tiles: `chunks` passes, one with the tile's end.
 
-    The end of a tile is the longest stretch that a pass can jump over; the others count with every pass.
-
-    pairs: BM·BN. depth: padded D. Raises ValueError for a kernel compiled for AMD, one that has not exactly one loop
-    with matrix instructions, and where these are not those of one tile (tcgen05 does not show it).
+    The end of a tile is the longest stretch that a pass can jump over; other instructions count with every pass. Raises
+    ValueError where there is not exactly one loop with the matrix instructions of one tile, and for AMD.
     """
     flow, loops, innermost = _busy_loops(compiled)
     if len(innermost) != 1:
@@ -95,9 +85,6 @@ def flat_loop(compiled: Compiled, *, pairs: int, depth: int, chunks: int) -> Loo
 
 def pairs_per_pass(loop: Loop, threads: int, depth: int) -> float:
     """(Token, code) pairs that one pass multiplies, from its matrix instructions: macs_per_warp · threads/32 / depth.
-
-    Equals BM·BN when the counted region is passed once per code tile, a multiple of it when the compiler unrolled
-    tiles, and a fraction when a pass covers only a slice of D. depth: padded D.
 
     Raises ValueError for tcgen05, whose instructions do not show their shape.
     """

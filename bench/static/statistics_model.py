@@ -1,9 +1,8 @@
 """Modelled cost, on an H100, of the statistics and the moving averages of a training step, from the bytes they move.
 
-The measure is the time of reading the tokens once. Traffic only, with the rates and the rule of `refine_model.py`.
-Left out: launches, which are counted beside it, the latency of dependent loads, and arithmetic. The atomics are
-assumed to read and write what they add to, at the rate of L2, and to queue at the most used code of Zipf's law, as
-the rule that chooses between the two forms assumes.
+The measure is the time of reading the tokens once, at the rates of `refine_model.py`. Launches are counted beside it;
+latency and arithmetic are left out. Atomics read and write at the rate of L2 and queue at the most used code of Zipf's
+law, as the rule that chooses between the two forms assumes.
 """
 
 import math
