@@ -9,8 +9,6 @@ Without a GPU, `--dry-run` takes the same paths at tiny sizes, with interpreted 
 `compute-sanitizer python -m bench.gpu --sanitize` runs a few tiny searches and times nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
@@ -150,8 +148,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sanitize", action="store_true", help="a few tiny searches and no timing")
     options = parser.parse_args(argv)
     options.stages = [name.strip() for name in options.stages.split(",") if name.strip()]
-    unknown = [name for name in options.stages if name not in STAGES]
-    if unknown:
+    if unknown := [name for name in options.stages if name not in STAGES]:
         parser.error(f"stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
     if options.dry_run and options.device == "auto":
         options.device = "cpu"

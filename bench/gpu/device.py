@@ -1,7 +1,5 @@
 """Clocks of the GPU, and the two ceilings that everything else is compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,13 +14,12 @@ from fastvq.testing.measure import Clock
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
-def clocks(device: torch.device, load: Callable[[], object] | None = None, calls: int = 1) -> dict[str, str]:
+def clocks(device: torch.device, load: Callable[[], object] = lambda: None, calls: int = 1) -> dict[str, str]:
     """Clocks, temperature and power of the GPU, read while ``calls`` queued calls of ``load`` run."""
     if device.type != "cuda":
         return {}
-    if load is not None:
-        for _ in range(calls):
-            load()
+    for _ in range(calls):
+        load()
     found = query_gpu(_CLOCKS)
     torch.cuda.synchronize(device)
     return found

@@ -1,7 +1,5 @@
 """Are the indices right on this device? Equality with the float64 oracle and with other ways to run the search."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

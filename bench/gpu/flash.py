@@ -1,7 +1,5 @@
 """flash-kmeans at its best: its tuning grid of launch configurations, tried for every published size."""
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import product
 

@@ -1,7 +1,5 @@
 """The kernels of a call as PyTorch's profiler sees them, and their compiled versions."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -15,12 +13,11 @@ from fastvq.testing.measure import synchronize
 
 def kernels_of(function: Callable[[], object], device: torch.device) -> list[tuple[str, float]]:
     """Names and microseconds of the kernels of a call, in order of their start; on the CPU PyTorch's operators."""
-    cuda = device.type == "cuda"
+    kind = device.type.upper()
     synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[getattr(ProfilerActivity, kind)]) as recorded:
         function()
         synchronize(device)
-    kind = "CUDA" if cuda else "CPU"
     events = [event for event in recorded.events() if str(event.device_type).endswith(kind)]
     if not events:
         raise RuntimeError("the profiler saw no kernel")

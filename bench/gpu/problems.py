@@ -1,7 +1,5 @@
 """The searches of the GPU pack: sizes of published kernel benchmarks, then models."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Times of whole searches: fastvq beside the matrix product, flash-kmeans, cdist and the expanded formula."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -87,7 +85,6 @@ def measure(stage: Stage, problem: Problem, contenders: Mapping[str, Prepare], b
             row["open_share"] = share = int(result[1].sum()) / (problem.heads * problem.tokens)
             if share > _MOST_OPEN:  # indices are right all the same, at the speed of float64
                 row |= {"passed": False, "result": f"the first scan leaves {share:.0%} of the tokens open"}
-        del result
         row["peak_extra_bytes"] = peak_extra_memory(lambda: prepared.call(1), stage.device)
 
     rows: list[Row] = [{**problem.describe(), "contender": name, "seconds": None} for name in contenders]

@@ -1,10 +1,8 @@
 """What every stage shares: a document that is published after every row, a clock, workers, and a deadline."""
 
-from __future__ import annotations
-
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,9 +61,8 @@ class Stage:
             print(f"[{self.name}] {label} FAILED\n{text}", flush=True)
             self.add({"name": label, "passed": False, "result": describe(error), "traceback": text})
 
-    def while_time(self, items: Iterable[Item], label: Callable[[Item], str] = str) -> Iterator[Item]:
+    def while_time(self, items: Sequence[Item], label: Callable[[Item], str] = str) -> Iterator[Item]:
         """Yield items until the deadline. A note names the items that are left, and the status becomes "cut"."""
-        items = list(items)
         for i, item in enumerate(items):
             if self.left() <= 0:
                 self.document["status"] = "cut"
@@ -80,7 +77,7 @@ class Stage:
                 self.document["status"] = "cut"
             yield outcome
 
-    def run(self, function: Callable[[Stage], None]) -> None:
+    def run(self, function: Callable[["Stage"], None]) -> None:
         """Run the stage; its status becomes "ok", "cut", or "failed" with the traceback, which is also printed."""
         start = time.monotonic()
         self.publish(self.document)

@@ -1,7 +1,5 @@
 """The results of `python -m bench.gpu` as Markdown: whole for a file, and short enough for the end of a log."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -64,8 +62,7 @@ def _table(columns: Columns, rows: Iterable[Any]) -> list[str]:
 
 def _head(document: Document) -> str:
     head = document["head"]
-    versions = ", ".join(f"{name} {version}" for name, version in head.get("versions", {}).items())
-    driver = ", ".join(f"{name} {value}" for name, value in head.get("driver", {}).items())
+    versions, driver = (", ".join(map(" ".join, head.get(key, {}).items())) for key in ("versions", "driver"))
     lines = [f"# {head.get('device', 'unknown device')}, {head.get('date', '')}", f"{versions}; {driver}".rstrip("; ")]
     lines.append(f"commit {head.get('commit', 'unknown')}, sources {head.get('sources', 'unknown')}")
     for row in _rows(document, "device"):
@@ -125,11 +122,14 @@ def _rows(document: Document, stage: str) -> list[Document]:
 
 
 def _by_problem(document: Document, stage: str) -> list[dict[str, Document]]:
-    """The rows of each problem by contender, the first also under ""; without problems that failed as a whole."""
+    """The rows of each problem by contender, the first also under "", fastvq's fastest form also under "best"."""
     problems: dict[tuple[str, str, str], dict[str, Document]] = {}
     for row in _rows(document, stage):
-        if "contender" in row:
-            problems.setdefault((row["name"], row["size"], row["dtype"]), {"": row})[row["contender"]] = row
+        if "contender" in row:  # else the problem failed as a whole
+            rows = problems.setdefault((row["name"], row["size"], row["dtype"]), {"": row})
+            rows[row["contender"]] = row
+            if row["contender"] == "fastvq" or (row["contender"] == "fastvq packed" and row.get("seconds")):
+                rows["best"] = row
     return list(problems.values())
 
 
@@ -151,13 +151,8 @@ def _ms(seconds: float | None) -> str:
 
 
 def _of(contender: str, column: str, digits: int = 3, scale: float = 1e3) -> Callable[[dict[str, Document]], str]:
-    """A column of one contender; "best" is the search with packed codes where that ran, else fastvq."""
-
-    def cell(rows: dict[str, Document]) -> str:
-        best = "fastvq packed" if rows.get("fastvq packed", {}).get("seconds") else "fastvq"
-        return _number(rows.get(best if contender == "best" else contender, {}).get(column), digits, scale)
-
-    return cell
+    """A column of one contender, scaled."""
+    return lambda rows: _number(rows.get(contender, {}).get(column), digits, scale)
 
 
 _SIZES: Columns = {"": lambda rows: rows[""]["name"], "N×K×D": lambda rows: rows[""]["size"]}

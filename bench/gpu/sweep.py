@@ -1,7 +1,5 @@
 """The fastest launch configuration of the scan for each width of packed rows, found one change at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,7 +23,6 @@ from fastvq_kernels.search.scan import scan_kernel
 
 # A dimension for each width, the most valuable widths first.
 WIDTHS = {64: 64, 128: 128, 16: 4, 32: 8, 256: 256, 512: 512, 192: 192, 1024: 1024}
-_TOKENS, _CODES = 131_072, 8192
 Changes = dict[str, Any]
 Search = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -91,7 +88,7 @@ def sweep(stage: Stage) -> None:
 
 
 def _problem(stage: Stage, width: int) -> Problem:
-    problem = Problem(f"width {width}", _TOKENS, _CODES, WIDTHS[width], dtype=torch.float16)
+    problem = Problem(f"width {width}", 131_072, 8192, WIDTHS[width], dtype=torch.float16)
     return replace(tiny(problem), dim=WIDTHS[width]) if stage.dry else problem
 
 

@@ -1,7 +1,5 @@
 """The training step on this device: its speed, and that it never waits for the device or compiles again."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

@@ -1,9 +1,4 @@
-"""Tasks side by side in processes: kernels compile on all cores, and a GPU error stays in the process that made it.
-
-A process that dies, hangs or has a broken CUDA context is replaced; the other tasks go on.
-"""
-
-from __future__ import annotations
+"""Tasks side by side in processes: one that dies, hangs or breaks its CUDA context is replaced, the others go on."""
 
 import os
 import time
@@ -68,7 +63,7 @@ class Workers:
         try:
             worker.connection.send(task)
             result, error, usable = worker.receive(min(deadline - start, _TASK_SECONDS))
-        except (ChildProcessError, TimeoutError) as failed:
+        except OSError as failed:  # it has died, or is out of time
             late = isinstance(failed, TimeoutError) and time.monotonic() >= deadline
             result, error, usable = None, _CUT if late else str(failed), False
         self._busy.remove(worker)
