@@ -1,7 +1,5 @@
 """Child processes: an error, a crash or a hang in one of them ends nothing else."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence

@@ -16,7 +16,6 @@ import torch
 from fastvq.testing.machine import device_name, versions
 
 _ROOT = Path(__file__).parents[2]
-_FACTS = "driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
 # Share of the available memory that this process may take.
 _USABLE = 0.9
 # Distributions that contenders call.
@@ -36,7 +35,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "commit": _output("git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty") or "unknown",
         "sources": _digest(),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
-        "driver": query_gpu(_FACTS),
+        "driver": query_gpu("driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -38,8 +38,8 @@ def write(store: Store, out: Path, console: Console, names: Sequence[str] = tupl
     except ModuleNotFoundError as error:
         console.print(f'no pictures: {error.name} is missing (pip install "fastvq-triton[bench]")')
     else:
-        for file, figure in plots.pictures(store).items():
-            figure.savefig(out / file)
+        for file, png in plots.pictures(store).items():
+            (out / file).write_bytes(png)
     console.print(f"{', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))} in {out}")
 
 
@@ -49,10 +49,10 @@ def fill(readme: Path, stores: Sequence[Store]) -> None:
 
     text = filled(readme.read_text(encoding="utf-8"), stores)
     readme.write_text(text, encoding="utf-8")
-    pictures = {name: figure for store in stores for name, figure in plots.pictures(store).items()}
+    pictures = {name: png for store in stores for name, png in plots.pictures(store).items()}
     for path in (readme.parent / link for link in _PICTURE.findall(text)):
         if path.name in pictures:
-            pictures[path.name].savefig(path)
+            path.write_bytes(pictures[path.name])
 
 
 def filled(text: str, stores: Sequence[Store]) -> str:

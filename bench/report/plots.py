@@ -1,11 +1,12 @@
 """The pictures of a run."""
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
@@ -25,7 +26,7 @@ _COLOURS = (
 _MARKERS = "osD^vP*Xphd<>"
 _COLUMNS = 4
 
-matplotlib.rcParams |= {
+_STYLE: dict[Any, Any] = {
     "figure.dpi": 110, "figure.constrained_layout.use": True, "figure.titlesize": 14, "figure.labelsize": 11,
     "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
     "axes.labelsize": 11, "font.size": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
@@ -33,8 +34,9 @@ matplotlib.rcParams |= {
 }  # fmt: skip
 
 
-def pictures(store: Store) -> dict[str, Figure]:
-    """Each picture whose benchmark has rows, by file name."""
+@rc_context(_STYLE)
+def pictures(store: Store) -> dict[str, bytes]:
+    """A PNG of each picture whose benchmark has rows, by file name."""
     found = {}
     head, rows = store.latest("search")
     timed = [row for row in rows if ran(row)]
@@ -46,7 +48,12 @@ def pictures(store: Store) -> dict[str, Figure]:
         head, rows = store.latest(name)
         if rows:
             found[f"{name}.png"] = draw(head, rows)
-    return found
+    return {name: _png(figure) for name, figure in found.items()}
+
+
+def _png(figure: Figure) -> bytes:
+    figure.savefig(stream := io.BytesIO())
+    return stream.getvalue()
 
 
 def throughput(head: Head, rows: Sequence[Row]) -> Figure:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.harness.store import Row
 from bench.report.grid import Grid, as_table
 from bench.static import launches
 from bench.static.issue_model import H100, PairCost, modelled_time, slots_per_pair
@@ -25,8 +26,6 @@ from bench.static.statistics_model import statistics_rows
 from bench.static.worst_case_model import worst_case_row
 from fastvq_kernels.configs import packed_width, rescan_config, scan_config
 from fastvq_kernels.search.bounds import CHUNK
-
-Row = dict[str, Any]
 
 # Dimensions at which kernels are compiled: one for each width of packed rows, for the second scan also one for each
 # number of products, few for kernels that hardly depend on it.
@@ -203,11 +202,7 @@ _TABLES: list[tuple[str, Sequence[_Column], int, str]] = [
             ("spill_bytes", "spilled", str),
             ("shared_bytes", "shared KiB", lambda count: f"{count / 1024:.1f}"),
             ("shared_limit_bytes", "limit", lambda count: f"{count // 1024}"),
-            (
-                "matrix_instructions",
-                "matrix instructions",
-                _counts,
-            ),
+            ("matrix_instructions", "matrix instructions", _counts),
         ],
         8,
         "",

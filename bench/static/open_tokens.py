@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from bench.gpu.problems import MODELS, PUBLISHED
 from bench.harness.problems import Problem, make_inputs
-from bench.harness.store import write_json
+from bench.harness.store import Row, write_json
 from bench.report.grid import Grid, as_markdown, as_table
 from bench.static.issue_model import H100
 from bench.static.refine_model import COUNTS, ranges_on_gpu, same_counts, sm_90_config
@@ -45,8 +44,6 @@ from fastvq_kernels.search.pack_tokens import PackedTokens, pack_tokens
 from fastvq_kernels.search.refine import refine
 from fastvq_kernels.search.rescan import rescan
 from fastvq_kernels.search.scan import Bins
-
-Row = dict[str, Any]
 
 # Pairs of token and code per count: about 20 s in the interpreter.
 _PAIRS = 1 << 24
@@ -212,8 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         if options.out:  # after every shape, so that an interrupted run keeps its rows
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            document = {"benchmark": "open tokens", "versions": versions(), "date": date, "rows": rows}
-            write_json(options.out, document)
+            write_json(options.out, {"benchmark": "open tokens", "versions": versions(), "date": date, "rows": rows})
     title = f"Tokens proved by each step, configuration of sm_90, {H100.sms} SMs"
     Console(width=120).print(as_table(Grid(title, [], [*_HEADINGS], [table_cells(row) for row in rows])))
 

@@ -45,10 +45,7 @@ def atomic_form(problem: Problem) -> Form:
     """The statistics by atomics."""
     tokens, codes = _sizes(problem)
     sums, added = 4 * codes * problem.dim, 4 * tokens * problem.dim
-    terms = {
-        "tokens": read_seconds(problem) + 8 * tokens / operand_rate(8 * tokens),
-        "sums": sums / operand_rate(sums),
-    }
+    terms = {"tokens": read_seconds(problem) + 8 * tokens / operand_rate(8 * tokens), "sums": sums / operand_rate(sums)}
     adds = 2 * added / min(L2_RATE, operand_rate(sums))
     queue = tokens * hottest_share(codes) * HOT_ADD_SECONDS
     # Reading the tokens and adding them overlap; so does the queue at one row with the additions to others.

@@ -4,6 +4,7 @@ import csv
 import re
 from pathlib import Path
 
+import matplotlib
 import pytest
 from rich.console import Console
 
@@ -122,6 +123,11 @@ def test_a_cell_cannot_break_a_table():
     console.print(as_table(grid))
     assert "[bold]|" in (text := console.export_text())
     assert "[N, K]" in text
+
+
+def test_pictures_leave_the_style_of_other_pictures_alone(store):
+    assert plots.pictures(store)
+    assert not matplotlib.rcParams["figure.constrained_layout.use"]
 
 
 def test_a_legend_lists_the_curves_in_the_order_of_their_ends(store):
