@@ -1,8 +1,7 @@
 """What a backend is: search, statistics and moving averages on one kind of device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.common.ema_step import EMAStep
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     """One implementation of the three operations. Arguments are checked before; none needs a gradient.
 
     Attributes:
