@@ -58,7 +58,10 @@ class Workers:
         start = time.monotonic()
         if start >= deadline:
             return Outcome(key, None, _CUT)
-        worker = self._idle.pop() if self._idle else Child(_serve)
+        try:
+            worker = self._idle.pop()
+        except IndexError:  # asking before would race with the other threads
+            worker = Child(_serve)
         self._busy.append(worker)
         try:
             worker.connection.send(task)

@@ -88,9 +88,7 @@ def fill_times(
 
 def time_together(rows: Sequence[Row], operation: str, problem: Problem, options: Options) -> list[Row]:
     """Fill rows of one problem: status, note, version, seconds with percentiles, and the share of wrong indices."""
-    buffers = 1
-    if options.device.type == "cuda":
-        buffers = max(2, min(4, BATCH_BYTES // (4 * problem.tokens * problem.dim)))
+    buffers = max(2, min(4, BATCH_BYTES // (4 * problem.tokens * problem.dim))) if options.device.type == "cuda" else 1
     batches, codebook = make_inputs(problem, options.device, buffers)
     # All tokens if they are few, otherwise as many as the oracle judges in about a second.
     affordable = max(_LEAST_CHECKED, _CHECKED_TERMS // (problem.codes * problem.dim))
