@@ -125,8 +125,8 @@ def code_statistics(
 
     Args:
         x: tokens ``[..., D]``, floating.
-        indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out. A GPU, where a look at the values would
-            wait for the device, leaves out every index outside the range.
+        indices: int64 or int32 ``[...]``, each in ``[-1, n_codes)``; -1 is left out. A GPU, where a look at the values
+            would wait for the device, leaves out every index outside the range.
         n_codes: K ≥ 1.
         mask: bool ``[...]``, False is left out. Default: all tokens count.
         heads: ``x [H, ..., D]`` and ``indices [H, ...]`` belong to one codebook of K codes per head.
@@ -138,12 +138,13 @@ def code_statistics(
         ``(counts [K], sums [K, D])``, float32, added in integers and in float32; ``[H, ...]`` with ``heads``.
 
     Raises:
-        TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
+        TypeError: ``x`` is not floating, ``indices`` neither int64 nor int32, ``mask`` not boolean.
         ValueError: shapes or devices do not match, ``n_codes`` is not positive, ``indices`` leave their range on the
             CPU, or the backend cannot run.
     """
     check_statistics(x, indices, n_codes, heads)
     check_mask(mask, x)
+    indices = indices.long()
     if mask is not None:
         indices = torch.where(mask, indices, -1)
     _check_range(indices, n_codes)
@@ -203,7 +204,7 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
     """The codes of given indices: ``codebook[indices]``, and a zero row for -1. Differentiable in ``codebook``.
 
     Args:
-        indices: int64 ``[...]``, each in ``[-1, K)``; or ``[H, ...]`` with one codebook per head.
+        indices: int64 or int32 ``[...]``, each in ``[-1, K)``; or ``[H, ...]`` with one codebook per head.
         codebook: codes ``[K, D]`` or ``[H, K, D]``.
 
     Returns:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.common.distributed import all_reduce_sum, broadcast_from_rank_0
+from fastvq.common.distributed import all_reduce_sum, broadcast_from_first
 from fastvq.common.ema_step import EMAStep, is_dead
 
 # One [tokens, codes] float64 tile and one temporary of the same size stay in a core's cache.
@@ -216,7 +216,7 @@ class EMACodebook(nn.Module):
 
     def _draw(self, flat: Tensor) -> Tensor:
         tiled = self._tile(flat)
-        return broadcast_from_rank_0(tiled[torch.randperm(len(tiled), device=tiled.device)][: self.n_codes])
+        return broadcast_from_first(tiled[torch.randperm(len(tiled), device=tiled.device)][: self.n_codes])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize ``z [..., D]`` and, in training, update the codebook: ``(quantized, indices, loss)``."""

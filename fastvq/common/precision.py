@@ -1,4 +1,4 @@
-"""Keeps the caller's reduced-precision settings out of the search."""
+"""In which precision is computed, whatever the dtype of the tokens and the caller's settings."""
 
 import threading
 from collections import Counter
@@ -14,6 +14,11 @@ _searches: Counter[str] = Counter()
 _before: dict[str, str] = {}
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64, otherwise float32; PyTorch promotes no float8."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Float32 matrix products of PyTorch are float32 inside, whatever autocast or the caller's settings say.
 
@@ -21,6 +26,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     CPUs too. The setting is read and written where both ``set_float32_matmul_precision`` and ``fp32_precision`` end
     up: the function raises once a program has used the attributes.
     """
+    if torch.compiler.is_compiling() or device.type == "meta":  # the settings would become part of the graph
+        return torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     products, kind = backend.matmul, device.type
     if products.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(kind) and not _searches[kind]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvq.backends.base import Backend
-from fastvq.common.distributed import start_sums
+from fastvq.common.distributed import Ranks, start_sums
 from fastvq.learning.restart import Draw, draw_tokens, merge, over_ranks
 
 
@@ -37,12 +37,12 @@ class BatchStatistics(NamedTuple):
         draw = merge(self.draw, other.draw) if self.draw and other.draw else other.draw
         return BatchStatistics(self.counts + other.counts, self.sums + other.sums, draw)
 
-    def start_update(self, sync: bool) -> Callable[[], Update]:
+    def start_update(self, ranks: Ranks) -> Callable[[], Update]:
         """Start the sum over all ranks; the result waits for it."""
-        finish = start_sums((self.counts, self.sums), sync)
+        finish = start_sums((self.counts, self.sums), ranks)
 
         def update() -> Update:
-            return Update(*finish(), *(over_ranks(self.draw, sync) if self.draw else (None, None)))
+            return Update(*finish(), *(over_ranks(self.draw, ranks) if self.draw else (None, None)))
 
         return update
 

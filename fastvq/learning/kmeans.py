@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,13 @@ from fastvq.backends.operators import backend_for
 from fastvq.common import distributed
 from fastvq.common.checks import check_choice, check_count, check_floating, check_mask
 from fastvq.common.directions import directions_or
+from fastvq.common.distributed import Ranks
 from fastvq.functional import search_codes
 from fastvq.learning.batches import Batches, TokenBatches, flatten
 from fastvq.learning.seeding import draw_rows, pick_codes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Rounds that draw candidates with odds of their squared distance, after one that draws evenly.
 _ROUNDS = 2
@@ -49,6 +53,7 @@ def kmeans(
     generator: torch.Generator | None = None,
     backend: str = "auto",
     sync: bool = True,
+    process_group: "ProcessGroup | None" = None,
     progress: bool = False,
 ) -> KMeans:
     """K codes that make ``Σ_i min_k |x_i - e_k|²`` small, by Lloyd's iterations, without a ``[tokens, codes]`` matrix.
@@ -73,6 +78,7 @@ def kmeans(
         generator: a CPU generator; that of rank 0 decides. Default: PyTorch's own.
         backend: as in :func:`fastvq.nearest_code`.
         sync: cluster the tokens of all ranks.
+        process_group: the ranks that cluster together; by default all.
         progress: show a progress bar; needs rich, which the extra ``cli`` installs.
 
     Returns:
@@ -87,6 +93,7 @@ def kmeans(
     check_choice("init", init, ("k-means++", "random"))
     check_count("n_codes", n_codes, 1)
     check_count("max_iterations", max_iterations, 0)
+    distributed.check_group(process_group)
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
 
@@ -97,7 +104,8 @@ def kmeans(
 
     with _shown(max_iterations) if progress else nullcontext(_no_report) as report:
         found = cluster(
-            Batches(x, mask, prepare), n_codes, max_iterations, metric, backend, sync,
+            Batches(x, mask, prepare), n_codes, max_iterations, metric, backend,
+            Ranks(sync, process_group),
             init=init, tolerance=tolerance, generator=generator, report=report,
         )  # fmt: skip
     if found is None:
@@ -112,7 +120,7 @@ def cluster(
     max_iterations: int,
     metric: str,
     backend: str,
-    sync: bool,
+    ranks: Ranks,
     *,
     init: str = "k-means++",
     tolerance: float = 1e-4,
@@ -123,9 +131,9 @@ def cluster(
     first = next(tokens for tokens, _ in batches)
     device, chosen = first.device, backend_for(first, backend)
     drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(device)
-    seed = int(distributed.broadcast_from_rank_0(drawn, sync))
+    seed = int(distributed.broadcast_from_first(drawn, ranks))
     together = torch.Generator(device).manual_seed(seed)
-    own = torch.Generator(device).manual_seed(seed + 1 + distributed.rank(sync))
+    own = torch.Generator(device).manual_seed(seed + 1 + distributed.rank(ranks))
 
     def distances(tokens: Tensor, codes: Tensor, real: Tensor) -> Tensor:
         """Squared distance to the nearest code, 0 for a token that is not real."""
@@ -133,7 +141,7 @@ def cluster(
         return torch.where(indices < 0, 0, (tokens - codes[indices.clamp(min=0)]).square().sum(1))
 
     def draw_far(n: int, codes: Tensor) -> Tensor:
-        return draw_rows(((tokens, distances(tokens, codes, real)) for tokens, real in batches), n, own, sync)
+        return draw_rows(((tokens, distances(tokens, codes, real)) for tokens, real in batches), n, own, ranks)
 
     def assign(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Counts ``[K]``, sums ``[K, D]`` and inertia of all ranks' tokens, float64."""
@@ -145,10 +153,10 @@ def cluster(
             sums += batch_sums
             apart = (tokens - codes[indices.clamp(min=0)]).double().square().sum(1)
             inertia += torch.where(indices < 0, 0, apart).sum()
-        counts, sums, inertia = distributed.start_sums((counts, sums, inertia), sync)()
+        counts, sums, inertia = distributed.start_sums((counts, sums, inertia), ranks)()
         return counts, sums, inertia
 
-    codes = draw_rows(((tokens, real.float()) for tokens, real in batches), n_codes, own, sync)
+    codes = draw_rows(((tokens, real.float()) for tokens, real in batches), n_codes, own, ranks)
     if len(codes) == 0:
         return None
     if init == "k-means++":
@@ -157,7 +165,7 @@ def cluster(
         codes = pick_codes(codes, assign(codes)[0], n_codes, distances, together)
     # Fewer distinct tokens than codes: the codes repeat.
     codes = codes[torch.arange(n_codes, device=device) % len(codes)]
-    codes = distributed.broadcast_from_rank_0(codes, sync)
+    codes = distributed.broadcast_from_first(codes, ranks)
 
     previous, had_converged = float("inf"), False
     for iteration in range(max_iterations + 1):

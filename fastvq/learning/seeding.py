@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from fastvq.common.distributed import all_gather
+from fastvq.common.distributed import ALONE, Ranks, all_gather
 
 # Of tokens, codes and which tokens are real: squared distances to the nearest code [n], 0 for a token that is not real.
 Distances = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -18,7 +18,7 @@ Distances = Callable[[Tensor, Tensor, Tensor], Tensor]
 _TURNS = 256
 
 
-def draw_rows(batches: Iterable[tuple[Tensor, Tensor]], n: int, generator: torch.Generator, sync: bool) -> Tensor:
+def draw_rows(batches: Iterable[tuple[Tensor, Tensor]], n: int, generator: torch.Generator, ranks: Ranks) -> Tensor:
     """At most n tokens of all ranks, without replacement, with odds of their weights: the same rows on every rank.
 
     ``batches``, at least one, hold tokens ``[m, D]`` and their weights ``[m]``, floating; weight 0 is never drawn.
@@ -33,7 +33,7 @@ def draw_rows(batches: Iterable[tuple[Tensor, Tensor]], n: int, generator: torch
         best = _first(torch.cat([best[0], keys]), torch.cat([best[1], tokens]), n)
     if best is None:
         raise ValueError("x must hold at least one batch, got none")
-    keys, rows = _first(all_gather(best[0], sync), all_gather(best[1], sync), n)
+    keys, rows = _first(all_gather(best[0], ranks), all_gather(best[1], ranks), n)
     return rows[keys > 0]
 
 
@@ -54,7 +54,7 @@ def pick_codes(
     nearest = torch.ones_like(weights)
     while len(codes) < n_codes:
         n = min(per_turn, n_codes - len(codes))
-        drawn = draw_rows([(candidates, weights * nearest)], n, generator, sync=False)
+        drawn = draw_rows([(candidates, weights * nearest)], n, generator, ALONE)
         if len(drawn) == 0:
             break
         apart = distances(candidates, drawn, torch.ones_like(weights, dtype=torch.bool))

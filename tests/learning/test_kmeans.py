@@ -5,6 +5,7 @@ import torch
 
 import fastvq
 from fastvq import reference
+from fastvq.common.distributed import ALL
 from fastvq.learning import kmeans as clustering
 from fastvq.learning import seeding
 from fastvq.testing.measure import peak_extra_memory
@@ -105,12 +106,12 @@ def test_drawn_rows_follow_their_weights_without_replacement():
     values, weights = torch.arange(5.0)[:, None], torch.tensor([0.0, 1, 2, 3, 4])
     firsts = torch.zeros(5)
     for _ in range(3000):
-        rows = seeding.draw_rows([(values[:2], weights[:2]), (values[2:], weights[2:])], 1, generator, sync=True)
+        rows = seeding.draw_rows([(values[:2], weights[:2]), (values[2:], weights[2:])], 1, generator, ALL)
         firsts[int(rows)] += 1
     # Six standard deviations of a share of 3,000 are at most 3/√3000.
     assert ((firsts / 3000 - weights / 10).abs() < 0.055).all()
     assert firsts[0] == 0
-    rows = seeding.draw_rows([(values, weights)], 9, generator, sync=True)
+    rows = seeding.draw_rows([(values, weights)], 9, generator, ALL)
     assert torch.equal(rows[:, 0].sort().values, torch.arange(1.0, 5))
 
 

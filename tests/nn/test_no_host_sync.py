@@ -35,6 +35,7 @@ def as_on_a_gpu(monkeypatch):
     """No function looks at values, as on a GPU."""
     monkeypatch.setattr("fastvq.functional._check_range", lambda indices, n_codes: None)
     monkeypatch.setattr("fastvq.learning.restart.may_read", lambda tensor: False)
+    monkeypatch.setattr("fastvq.nn.first_codes.may_read", lambda tensor: False)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
