@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvq.common.checks import check_same_device
-from fastvq.common.directions import directions
+from fastvq.common.directions import directions, has_direction
 
 # Tokens [n, D] float32 and which are real, bool [n], batch by batch; iterated more than once.
 TokenBatches = Iterable[tuple[Tensor, Tensor]]
@@ -53,7 +53,9 @@ class Batches:
 
 
 def flatten(tokens: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
-    """Tokens as float32 ``[n, D]``, of norm 1 for the cosine, and which are real and finite, bool ``[n]``."""
+    """Tokens as float32 ``[n, D]``, and which are real and finite, bool ``[n]``; for the cosine of norm 1 and not 0."""
     rows = tokens.detach().reshape(-1, tokens.shape[-1]).float()
     real = torch.isfinite(rows).all(1)
-    return directions(rows) if metric == "cosine" else rows, real if mask is None else real & mask.reshape(-1)
+    if metric == "cosine":
+        rows, real = directions(rows), real & has_direction(rows)
+    return rows, real if mask is None else real & mask.reshape(-1)

@@ -161,17 +161,22 @@ class FirstCodes(CodebookState):
                 return False
             self._start_from(learned.codes, 1)
             return True
-        rows, found = restart.draw_codes(batches, self.n_codes, self._ranks)
+        rows, found = self._draw(batches)
         if not found:
             return False
         self._start_from(rows, 1)
         return True
 
+    def _draw(self, batches: TokenBatches) -> tuple[Tensor, Tensor]:
+        """Tokens of all ranks that may be codes ``[K, D]``, and whether there was one."""
+        rows, found = restart.draw_codes(batches, self.n_codes, self._ranks)
+        return directions(rows) if self.metric == "cosine" else rows, found
+
     def _learn_codes_on_device(self, z: Tensor, mask: Tensor | None) -> None:
         """As :meth:`_learn_codes` where the first codes are missing, in operations that read nothing on the host."""
         if self.init == "kmeans":
             raise RuntimeError("init='kmeans' cannot be compiled: call initialize(batch) before the first step")
-        rows, found = restart.draw_codes([self._candidates(z, mask)], self.n_codes, self._ranks)
+        rows, found = self._draw([self._candidates(z, mask)])
         lacks = found & ~self.N.any() & (self.embeddings == self.z_avg).all()
         for buffer, first in ((self.embeddings, rows), (self.z_avg, rows), (self.N, 1)):
             buffer.copy_(torch.where(lacks, first, buffer))
