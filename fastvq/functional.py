@@ -10,6 +10,7 @@ from fastvq.backends.base import Backend
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.backends.operators import backend_for, is_traced
 from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
+from fastvq.common.precision import widened
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss
 
@@ -80,10 +81,10 @@ def search_codes(
     x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: Backend, cache: CodebookCache | None = None
 ) -> Tensor:
     """:func:`nearest_code` of checked arguments; ``cache`` keeps the packed codebook ``[K, D]``."""
-    tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
+    tokens = widened(x.detach()).reshape(*codebook.shape[:-2], -1, x.shape[-1])
     # A cache knows a codebook by its tensor, so a codebook that needs no gradient stays the same tensor.
     codes = codebook.detach() if codebook.requires_grad else codebook
-    indices = backend.nearest_code(tokens, codes, metric, cache).view(x.shape[:-1])
+    indices = backend.nearest_code(tokens, widened(codes), metric, cache).view(x.shape[:-1])
     return indices if mask is None else torch.where(mask, indices, -1)
 
 
@@ -154,7 +155,7 @@ def code_statistics(
     if heads:
         first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
         indices = torch.where((indices < 0) | (indices >= n_codes), -1, indices + first)
-    flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
+    flat, n_rows = widened(x.detach()).reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
     counts, sums = backend_for(x, backend).code_statistics(flat, indices.reshape(-1), n_rows, deterministic)
     return counts.float().view(*leading, n_codes), sums.float().view(*leading, n_codes, x.shape[-1])
 

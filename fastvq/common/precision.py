@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # The setting belongs to the process: the first search that changes it remembers it, the last one puts it back.
 _lock = threading.Lock()
@@ -17,6 +18,11 @@ _before: dict[str, str] = {}
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Float64 for float64, otherwise float32; PyTorch promotes no float8."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x``, in float32 where it is float8: PyTorch computes with few of those dtypes, and kernels with none."""
+    return x.float() if x.dtype.itemsize == 1 else x
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvq.backends.base import Backend
 from fastvq.common.distributed import Ranks, start_sums
+from fastvq.common.precision import widened
 from fastvq.learning.restart import Draw, draw_tokens, merge, over_ranks
 
 
@@ -53,7 +54,7 @@ class BatchStatistics(NamedTuple):
 @torch.no_grad()
 def collect(tokens: Tensor, indices: Tensor, n_codes: int, restarts: bool, backend: Backend) -> BatchStatistics:
     """Statistics of ``tokens [..., D]`` by ``indices [...]``, -1 left out, with a draw where codes restart."""
-    tokens, indices = tokens.detach().reshape(-1, tokens.shape[-1]), indices.reshape(-1)
+    tokens, indices = widened(tokens.detach()).reshape(-1, tokens.shape[-1]), indices.reshape(-1)
     counts, sums = backend.code_statistics(tokens, indices, n_codes, None)
     draw = draw_tokens(tokens.float(), indices >= 0, n_codes) if restarts else None
     return BatchStatistics(counts.double(), sums, draw)

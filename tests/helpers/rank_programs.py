@@ -1,6 +1,8 @@
 """What one rank of ``test_distributed.py`` runs: ``python rank_programs.py PROGRAM... RANK WORLD_SIZE FOLDER``."""
 
+import copy
 import os
+import pickle
 import signal
 import sys
 
@@ -61,7 +63,7 @@ def without_restart(rank):
 
 def compiled(rank):
     torch.manual_seed(rank)
-    module = fastvq.EMACodebook(CODES, DIM, no_random_restart=False)
+    module = fastvq.EMACodebook(CODES, DIM, no_random_restart=False, process_group=dist.new_group())
     return steps(torch.compile(module, fullgraph=True, backend="aot_eager"), rank, 8)
 
 
@@ -132,6 +134,60 @@ def fully_sharded(rank):
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     fit(model, batches_of_model(rank))
     return [copy_of(model[1].state_dict())]
+
+
+def cast_by_fsdp(rank):
+    """FSDP's first version casts the buffers, and casts them again after each state dict."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+
+    kept = []
+    for precision in (None, MixedPrecision(buffer_dtype=torch.bfloat16)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, DIM), fastvq.EMACodebook(CODES, DIM))
+        model[1].set_codes(torch.randn(CODES, DIM), 100 * torch.rand(CODES))
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), mixed_precision=precision)
+        fit(model, batches_of_model(rank)[:5])
+        model.state_dict()
+        fit(model, batches_of_model(rank)[5:])
+        kept.append(copy_of(model.module[1].state_dict()))
+    return kept
+
+
+def subgroup(rank):
+    """The last two ranks share a codebook; the first takes no part, and has none."""
+    ranks = list(range(1, dist.get_world_size()))
+    group = dist.new_group(ranks)
+    if rank == 0:
+        for build in (fastvq.EMACodebook, fastvq.kmeans):
+            try:
+                build(torch.randn(9, DIM) if build is fastvq.kmeans else CODES, DIM, process_group=group)
+            except TypeError as error:
+                assert "a rank outside the group passes sync=False" in str(error)
+            else:
+                raise AssertionError("a rank outside the group was taken")
+        return []
+    torch.manual_seed(rank)
+    x = torch.randn(200, DIM) + 3 * rank
+    found = fastvq.kmeans([x[:0], x[:150], x[150:]] if rank == 1 else [x], CODES, process_group=group)
+    options = {"no_random_restart": False, "process_group": group}
+    clustered = fastvq.EMACodebook(CODES, DIM, init="kmeans", **options)
+    clustered(x[:0] if rank == 1 else x)
+    module = fastvq.EMACodebook(CODES, DIM, **options)
+    module = copy.deepcopy(module)
+    states = steps(module, rank, 20)
+    learned = trained_codebook(process_group=group)
+    states += steps(learned, rank, 5)
+    restored = pickle.loads(pickle.dumps(learned))
+    assert torch.equal(restored.eval()(x).indices, learned.eval()(x).indices)
+    try:
+        restored.train()(x)
+    except RuntimeError as error:
+        assert "assign module.process_group" in str(error)
+    else:
+        raise AssertionError("a lost group was taken for all ranks")
+    restored.load_state_dict(learned.state_dict())
+    restored.process_group = group
+    return [found._asdict(), copy_of(clustered.state_dict()), *states, *steps(restored, rank, 2)]
 
 
 def loaded_by_rank_0(rank):

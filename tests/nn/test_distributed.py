@@ -15,6 +15,7 @@ PAIR = (
     "data_parallel",
     "data_parallel_without_broadcast",
     "fully_sharded",
+    "cast_by_fsdp",
     "loaded_by_rank_0",
     "clustered",
     "accumulated",
@@ -51,6 +52,11 @@ def run(programs, world_size, folder):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     return run(("with_restart", "without_restart"), 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return run(("subgroup",), 3, tmp_path_factory.mktemp("three"))
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,28 @@ def test_wrapped_models_learn_what_one_process_learns(two, program):
     fit(model, [torch.cat(parts) for parts in zip(*map(batches_of_model, range(2)), strict=True)])
     # Ten steps of an encoder whose gradients are summed in another order.
     assert_close(two[program][0][0], model[1].state_dict(), 1e-5)
+
+
+def test_a_cast_of_the_buffers_by_fsdp_changes_no_bit(two):
+    plain, cast = two["cast_by_fsdp"][0]
+    for name, value in plain.items():
+        assert torch.equal(cast[name], value), name
+
+
+def test_a_codebook_of_some_ranks_is_theirs_alone(three):
+    outside, *members = three["subgroup"]
+    assert outside == []
+    assert_same_on_every_rank(members)
+    found, clustered, *states = members[0]
+    assert found["counts"].sum() == 400
+    assert clustered["N"].sum() > CODES
+    module = trained_codebook()
+    for step in range(5):
+        module(torch.cat(real_tokens(step, (1, 2))))
+        assert_close(states[20 + step], module.state_dict())
+    for step in range(2):
+        module(torch.cat(real_tokens(step, (1, 2))))
+        assert_close(states[25 + step], module.state_dict())
 
 
 def test_compiled_models_count_the_tokens_of_all_ranks(two):

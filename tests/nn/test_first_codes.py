@@ -42,7 +42,9 @@ def moved(state, z, indices, decay=0.99):
     return torch.where((N > 0)[:, None], z_avg / weights[:, None], embeddings)
 
 
-@pytest.mark.parametrize("options", [{}, {"init": "kmeans"}, {"metric": "cosine"}, {"no_random_restart": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "kmeans"}, {"metric": "cosine"}, {"no_random_restart": False}], ids=str
+)
 @pytest.mark.parametrize("own", [fresh, trained])
 def test_a_functional_call_decides_from_its_own_state(options, own):
     module, state, z = own(**options), copy_of(fresh(1, **options)), 5 + torch.randn(40, 4)
@@ -125,7 +127,11 @@ def test_one_code_written_by_hand_is_enough():
 @pytest.mark.parametrize("counts", [torch.zeros(12), torch.arange(12.0) % 3])
 def test_a_code_without_a_count_stays_whatever_its_average(z_avg, decay, counts):
     codes, z = torch.randn(12, 4), torch.randn(3, 4)
-    state = {"embeddings": codes, "N": counts, "z_avg": torch.where(counts[:, None] > 0, codes * counts[:, None], z_avg)}
+    state = {
+        "embeddings": codes,
+        "N": counts,
+        "z_avg": torch.where(counts[:, None] > 0, codes * counts[:, None], z_avg),
+    }
     for restart_options in ({}, {"no_random_restart": False, "restart_thres": 0.0}):
         module = fresh(ema_decay=decay, **restart_options)
         module.load_state_dict(state)
@@ -215,7 +221,7 @@ def test_copies_decide_as_the_original(duplicate, made):
 
 
 def test_a_checkpoint_that_comes_in_pieces_is_the_checkpoint():
-    state, z = copy_of(trained()), torch.randn(30, 4)
+    state = copy_of(trained())
     for order in (("N", "embeddings", "z_avg"), ("embeddings", "N", "z_avg"), ("embeddings", "z_avg", "N")):
         module = fresh(5)
         for name in order:

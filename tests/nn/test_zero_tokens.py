@@ -69,7 +69,7 @@ OPTIONS = [{}, {"init": "kmeans"}, {"no_random_restart": False, "restart_thres":
 def test_a_zero_token_never_becomes_a_code(options, n_real):
     real = torch.randn(n_real, 4)
     z = torch.zeros(400, 4)
-    z[::-(-400 // n_real)][:n_real] = real[: len(z[:: -(-400 // n_real)])]
+    z[:: -(-400 // n_real)][:n_real] = real[: len(z[:: -(-400 // n_real)])]
     for learn in ("initialize", "forward"):
         module = fastvq.EMACodebook(12, 4, metric="cosine", **options)
         for _ in range(3):
