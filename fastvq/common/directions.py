@@ -24,7 +24,7 @@ def directions(x: Tensor) -> Tensor:
 
 def has_direction(x: Tensor) -> Tensor:
     """Which rows of ``x [..., D]`` are not zero, bool ``[...]``."""
-    return x.detach().any(-1)
+    return x.detach().abs().amax(-1) > 0
 
 
 def directions_or(codes: Tensor, before: Tensor) -> Tensor:

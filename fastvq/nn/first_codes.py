@@ -66,7 +66,7 @@ class FirstCodes(CodebookState):
         """Whether the first codes are missing; True where the buffers cannot be read."""
         if is_traced(self.N):
             return True
-        return not self.N.any() and torch.equal(self.embeddings, self.z_avg)
+        return not self.N.sum() and torch.equal(self.embeddings, self.z_avg)
 
     @_need_init.setter
     def _need_init(self, value: bool) -> None:
@@ -107,7 +107,6 @@ class FirstCodes(CodebookState):
         self._keep_float32()
         self._start_from(codes, 1 if counts is None else counts)
 
-    @torch.no_grad()
     def initialize(self, x: Tensor | Iterable[Tensor], mask: Tensor | None = None) -> None:
         """Replace the codes now by codes learned from ``x`` as ``init`` says.
 
@@ -134,25 +133,26 @@ class FirstCodes(CodebookState):
         check_mask(mask, tokens)
         return flatten(tokens, mask, self.metric)
 
-    @torch.no_grad()
     def _init_embeddings(self, z: Tensor, mask: Tensor | None = None) -> None:
         """The first codes, where they are missing, from the first batch that holds a token on any rank."""
-        if self.N.device.type == "cpu" and may_read(self.N):
-            if self._need_init:
+        N, seen = self.N, self._seen
+        if _reads_freely(N):
+            if not N.sum() and self._need_init:
                 self._learn_codes([self._candidates(z, mask)])
             return
-        seen, is_new = self._seen, self.N is not self._seen.counts
+        is_new = N is not seen.counts
         if is_new:
-            seen.counts, seen.has_codes = self.N, False
-        if seen.has_codes or self.N.is_meta:
+            seen.counts, seen.has_codes = N, False
+        if seen.has_codes or N.is_meta:
             return
         # A buffer that comes again is worth waiting for, once.
-        if may_read(self.N) and not _is_captured(self.N) and (not is_new or self.init == "kmeans"):
+        if may_read(N) and not _is_captured(N) and (not is_new or self.init == "kmeans"):
             seen.has_codes = not self._need_init or self._learn_codes([self._candidates(z, mask)])
         else:
             self._learn_codes_on_device(z, mask)
-            seen.has_codes = not may_read(self.N)
+            seen.has_codes = not may_read(N)
 
+    @torch.no_grad()
     def _learn_codes(self, batches: TokenBatches) -> bool:
         """Whether there was a token to learn from."""
         if self.init == "kmeans":
@@ -172,12 +172,13 @@ class FirstCodes(CodebookState):
         rows, found = restart.draw_codes(batches, self.n_codes, self._ranks)
         return directions(rows) if self.metric == "cosine" else rows, found
 
+    @torch.no_grad()
     def _learn_codes_on_device(self, z: Tensor, mask: Tensor | None) -> None:
         """As :meth:`_learn_codes` where the first codes are missing, in operations that read nothing on the host."""
         if self.init == "kmeans":
             raise RuntimeError("init='kmeans' cannot be compiled: call initialize(batch) before the first step")
         rows, found = self._draw([self._candidates(z, mask)])
-        lacks = found & ~self.N.any() & (self.embeddings == self.z_avg).all()
+        lacks = found & (self.N.sum() == 0) & (self.embeddings == self.z_avg).all()
         for buffer, first in ((self.embeddings, rows), (self.z_avg, rows), (self.N, 1)):
             buffer.copy_(torch.where(lacks, first, buffer))
 
@@ -196,7 +197,7 @@ class FirstCodes(CodebookState):
         codes = state_dict.get(prefix + "embeddings")
         if codes is not None and codes.shape == self.embeddings.shape and prefix + "z_avg" not in state_dict:
             # A checkpoint may come in pieces, the counts first.
-            lacks_counts = prefix + "N" not in state_dict and (is_traced(self.N) or not self.N.any())
+            lacks_counts = prefix + "N" not in state_dict and (is_traced(self.N) or not self.N.sum())
             self._start_from(self.embeddings, 1 if lacks_counts else self.N)
         self._look()
 
@@ -214,6 +215,10 @@ class FirstCodes(CodebookState):
         if not lacked_codes:
             self._need_init = False
         self._look()
+
+
+def _reads_freely(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and may_read(tensor)
 
 
 def _is_captured(tensor: Tensor) -> bool:

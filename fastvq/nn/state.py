@@ -50,7 +50,7 @@ class CodebookState(nn.Module):
         self._float32_memory.hold(self._buffers)
 
     def _keep_float32(self) -> None:
-        if any(buffer.dtype != torch.float32 for buffer in (self.embeddings, self.N, self.z_avg)):
+        if any(buffer is not None and buffer.dtype != torch.float32 for buffer in self._buffers.values()):
             self._float32_memory.undo_casts(self._buffers)
 
     def dictionary_lookup(self, encodings: Tensor, dtype: torch.dtype | None = None) -> Tensor:

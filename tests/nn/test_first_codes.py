@@ -258,6 +258,33 @@ def test_a_step_that_may_not_look_draws_for_unknown_buffers_only(monkeypatch):
     assert not draws
 
 
+@pytest.mark.parametrize("init", ["first_batch", "kmeans"])
+def test_a_gpu_is_read_until_codes_were_seen(monkeypatch, init):
+    """A GPU played by the CPU: reading its buffers is possible, and worth it for the module's own alone."""
+    monkeypatch.setattr("fastvq.nn.first_codes._reads_freely", lambda tensor: False)
+    module, z = fresh(init=init), 5 + torch.randn(40, 4)
+    module(z[:0])
+    assert module._need_init
+    module(z)
+    assert (module.embeddings - 5).abs().max() < 6
+    assert not module._need_init
+    with monkeypatch.context() as patch:
+        patch.setattr(fastvq.EMACodebook, "_need_init", property(lambda self: pytest.fail("waited")))
+        patch.setattr(restart, "draw_codes", lambda *args: pytest.fail("drew"))
+        for _ in range(2):
+            module(z)
+    before, states = copy_of(module), [copy_of(fresh(1)), copy_of(trained())]
+    counts = states[1]["N"].sum()
+    for state in states:
+        torch.func.functional_call(module, state, (z,))
+    assert_equal_states(module, before)
+    assert (states[0]["embeddings"] - 5).abs().max() < 6
+    assert torch.allclose(states[1]["N"].sum(), 0.99 * counts + 0.4)
+    for _ in range(2):
+        module(z)
+    assert torch.allclose(module.N.sum(), 0.99**2 * before["N"].sum() + (1 - 0.99**2) * 40)
+
+
 @pytest.mark.parametrize("made", [fresh, trained])
 def test_compiled_modules_initialise_once(made):
     module, z = made(), 5 + torch.randn(40, 4)

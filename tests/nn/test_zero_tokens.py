@@ -94,7 +94,7 @@ def test_a_batch_of_zeros_initialises_nothing(options):
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 def test_zero_tokens_leave_the_state_of_a_run_without_them(backend):
-    batches = [torch.randn(30, 4) for _ in range(20)]
+    batches = [torch.randn(30, 4) for _ in range(3 if backend == "triton" else 20)]
     states = []
     for change in (lambda z: z, with_zeros):
         torch.manual_seed(0)
