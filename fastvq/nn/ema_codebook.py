@@ -51,7 +51,9 @@ class EMACodebook(FirstCodes):
 
     The state is three float32 buffers with the keys of the original classes: ``embeddings [K, D]``, ``N [K]`` and
     ``z_avg [K, D]``. Checkpoints of VideoGPT's and TATS's ``Codebook`` load too. The first training batch that holds a
-    token initialises the state, unless a state was loaded; a compiled module needs a token in its first batch.
+    token initialises the state, unless codes were loaded, set (:meth:`set_codes`) or written into ``embeddings``; a
+    compiled module needs a token in its first batch. A code with ``N_k = 0`` stays where it is until it wins a token,
+    and then starts as if it had won itself once: ``N_k = 1``, ``z_k = E_k``.
 
     Every rank of a process group holds the same state, bit for bit, and may have no tokens. A step costs one all-reduce
     of ``[K, D + 1]``, and with random restart one of ``[K]`` and one of ``[K, D]``. Every rank loads a checkpoint;
@@ -197,8 +199,8 @@ class EMACodebook(FirstCodes):
 
         The result is that of one step on all batches together, as ``no_sync()`` of DistributedDataParallel gives it
         for gradients, and no process waits for another inside. Initialisation takes the first batch. Collected
-        statistics are no part of the state dict. A new codebook (:meth:`initialize`, ``load_state_dict``) drops them;
-        an exception drops those of its block.
+        statistics are no part of the state dict. A new codebook (:meth:`set_codes`, :meth:`initialize`,
+        ``load_state_dict``) drops them; an exception drops those of its block.
         """
         before, pending = self._accumulates, self._pending
         self._accumulates = True

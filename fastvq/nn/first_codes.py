@@ -189,7 +189,7 @@ class FirstCodes(CodebookState):
         self.N.copy_(counts) if isinstance(counts, Tensor) else self.N.fill_(counts)
         self.z_avg.copy_(self.embeddings * self.N[:, None])
         self._pending = None  # statistics of the codes before
-        self._seen.counts, self._seen.has_codes = self.N, True
+        self._seen.counts, self._seen.has_codes = self.N, not self.N.is_meta
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
