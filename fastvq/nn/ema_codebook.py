@@ -21,7 +21,7 @@ from fastvq.functional import pass_through, search_codes
 from fastvq.learning import restart
 from fastvq.learning.batch_statistics import BatchStatistics, Update, collect
 from fastvq.learning.batches import Batches, TokenBatches, flatten
-from fastvq.learning.kmeans import cluster
+from fastvq.learning.lloyd import cluster
 from fastvq.nn.layout import as_given, tokens_last
 from fastvq.nn.state import CodebookState
 from fastvq.reference import Quantized
