@@ -15,7 +15,8 @@ from fastvq.common.distributed import Ranks
 from fastvq.learning import restart
 from fastvq.learning.batch_statistics import BatchStatistics
 from fastvq.learning.batches import Batches, TokenBatches, flatten
-from fastvq.learning.kmeans import cluster
+from fastvq.learning.kmeans import Array, Batch
+from fastvq.learning.lloyd import cluster
 from fastvq.nn.layout import tokens_last
 from fastvq.nn.state import CodebookState
 
@@ -107,12 +108,12 @@ class FirstCodes(CodebookState):
         self._keep_float32()
         self._start_from(codes, 1 if counts is None else counts)
 
-    def initialize(self, x: Tensor | Iterable[Tensor], mask: Tensor | None = None) -> None:
+    def initialize(self, x: Array | Iterable[Batch], mask: Tensor | None = None) -> None:
         """Replace the codes now by codes learned from ``x`` as ``init`` says.
 
         Args:
-            x: tokens as :meth:`forward` takes them, or an iterable of batches that can be iterated more than once.
-                Every rank of a process group calls this with its own tokens.
+            x: tokens as :meth:`forward` takes them, or an iterable of batches that can be iterated more than once, as
+                :func:`fastvq.kmeans` takes it. Every rank of a process group calls this with its own tokens.
             mask: as in :meth:`forward`, for one batch.
 
         Raises:
