@@ -58,6 +58,7 @@ def test_backends_agree_on_every_bit(monkeypatch, step, kernel_device, options):
     monkeypatch.setattr(tuning, "EMA_VALUES", 500)
     for k, d in ((1, 1), (7, 3), (300, 8), (33, 130)):
         state, statistics, rows = problem(k, d)
+        state[1][::3] = 0  # codes without a count, of which some win tokens
         given = {**options, "rows": rows} if "rows" in options else options
         ours = theirs = state
         for _ in range(3):
@@ -127,7 +128,7 @@ def test_relative_threshold_does_not_depend_on_the_size_of_a_batch(step):
 
 
 def test_step_takes_no_memory_that_grows_with_the_codes():
-    state, statistics, rows = problem(1 << 16, 32)
+    state, statistics, rows = problem(1 << 16, 64)
     step = EMAStep(*state, *statistics, rows, None, DECAY, resets=True)
     assert peak_extra_memory(lambda: ema.ema_step(step), torch.device("cpu")) < state[0].nbytes / 2
 

@@ -22,6 +22,7 @@ from fastvq.learning.batch_statistics import Update, collect
 from fastvq.nn.first_codes import FirstCodes
 from fastvq.nn.layout import as_given, tokens_last
 from fastvq.nn.memory import check_writable
+from fastvq.nn.overflow import Overflow
 from fastvq.reference import Quantized
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class EMACodebook(FirstCodes):
         self.backend = backend
         self.freeze_codebook = False
         self._accumulates = False
+        self._overflow = Overflow(n_codes, self.N.device)
 
     @property
     def sync(self) -> bool:
@@ -219,7 +221,7 @@ class EMACodebook(FirstCodes):
         statistics = collect(tokens, indices, self.n_codes, not self.no_random_restart, backend)
         if self._pending is not None:
             statistics = self._pending.plus(statistics)
-        self._pending = statistics if self._accumulates else None
+        self._pending = statistics.added_up() if self._accumulates else None
         return None if self._accumulates else statistics.start_update(self._ranks)
 
     @torch.no_grad()
@@ -227,7 +229,7 @@ class EMACodebook(FirstCodes):
         before = self.embeddings.clone() if self.metric == "cosine" else None
         rule = self.restart_thres, self.restart_threshold_relative, self.restart_resets_statistics
         step = EMAStep(self.embeddings, self.N, self.z_avg, *update, self.ema_decay, *rule)
-        backend.ema_step(step)
+        self._overflow.record(backend.ema_step(step))
         if before is not None:
             self.embeddings.copy_(torch.where(self.N.sum() > 0, directions_or(self.embeddings, before), before))
 
@@ -239,4 +241,19 @@ class EMACodebook(FirstCodes):
             del defaults[name]
         state.pop("_kept", None)  # the codebook cache of earlier versions
         later = {"_accumulates": False, "_ranks": Ranks(state.pop("sync", True))}
-        super().__setstate__({**defaults, **later, **state})
+        super().__setstate__({**defaults, **later, "_overflow": Overflow(state["n_codes"]), **state})
+
+    def train(self, mode: bool = True) -> EMACodebook:
+        """Switches the mode as in any module; the end of training names the codes that large tokens left alone."""
+        if not mode:
+            self._overflow.tell()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._overflow.tell()
+        super()._save_to_state_dict(*args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
+        super()._apply(fn, recurse)
+        self._overflow = Overflow(self.n_codes, self.N.device)
+        return self
