@@ -68,7 +68,6 @@ class Float32Memory:
         """Remember the memory that ``buffers`` have now: what is written there later is known too."""
         self._held = {name: buffer.detach() for name, buffer in buffers.items() if buffer is not None}
 
-    @torch.compiler.disable(reason="a buffer of the codebook is no longer float32 and is repaired outside the graph")
     @torch.inference_mode(False)
     @torch.no_grad()
     def undo_casts(self, buffers: Mapping[str, Tensor | None]) -> None:
