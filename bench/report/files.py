@@ -17,8 +17,14 @@ _TITLES = {
     "memory": "Peak extra memory of one call",
     "accuracy": "Indices that differ from float64",
     "scaling": "Time of a search over tokens, codes and dimensions",
+    "kmeans": "k-means: medians of three seeds, each with the same tokens and at most as many iterations",
 }
-_SWEEPS = {"memory": tables.memory, "accuracy": tables.accuracy, "scaling": tables.scaling}
+_SWEEPS = {
+    "memory": tables.memory,
+    "accuracy": tables.accuracy,
+    "scaling": tables.scaling,
+    "kmeans": tables.kmeans,
+}
 _MARK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 _PICTURE = re.compile(r"\]\(([^):]+\.png)\)")
 

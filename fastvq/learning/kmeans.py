@@ -45,6 +45,9 @@ class KMeans(_Codes):
         self.labels = labels
         return self
 
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.labels)  # what a copy is made from
+
 
 def kmeans(
     x: Array | Iterable[Batch],
@@ -134,7 +137,8 @@ def kmeans(
         )  # fmt: skip
         best = min((run for run in runs if run is not None), key=lambda run: run.found.inertia, default=None)
         if best is None:
-            raise ValueError("x must hold at least one finite token, got none on any rank")
+            weighing = "" if weights is None else " of positive weight"
+            raise ValueError(f"x must hold at least one finite token{weighing}, got none on any rank")
         labels = [found.view(shape) for found, shape in zip(best.found.labels, best.found.shapes, strict=True)]
         return KMeans(
             best.codes, best.found.counts, best.found.inertia, best.iterations,
