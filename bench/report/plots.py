@@ -163,6 +163,9 @@ def kmeans(head: Head, rows: Sequence[Row]) -> Figure:
     quality.set_xlabel(f"inertia over the median of {GREEDY} (left is better)")
     speed.set_xlabel(f"time over that of {OURS} (logarithmic; right is slower)")
     speed.set_xscale("log")
+    low, high = (0.9 * speed.get_xlim()[0], 1.1 * speed.get_xlim()[1])
+    speed.set_xticks([tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high])
+    speed.xaxis.set_minor_locator(NullLocator())
     _plain_numbers(speed.xaxis)
     _legend(speed)
     return figure
