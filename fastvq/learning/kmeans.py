@@ -38,11 +38,16 @@ class KMeans(_Codes):
     labels: Tensor | list[Tensor]
 
     def __new__(
-        cls, codes: Tensor, counts: Tensor, inertia: float, iterations: int, labels: Tensor | list[Tensor]
+        cls,
+        codes: Tensor,
+        counts: Tensor,
+        inertia: float,
+        iterations: int,
+        labels: Tensor | list[Tensor] | tuple[()] = (),  # pickled results of earlier versions have none
     ) -> "KMeans":
         """A tuple of the first four."""
         self = super().__new__(cls, codes, counts, inertia, iterations)
-        self.labels = labels
+        self.labels = list(labels) if isinstance(labels, tuple) else labels
         return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ def test_a_mean_is_the_true_one_to_one_rounding_whatever_the_offset(dtype, offse
 def test_equal_tokens_are_their_code_on_every_backend(backend, kernel_device):
     x = torch.full((32, 2), 1000001.0, device=kernel_device)
     x[:, 1] = 0.1
-    found = fastvq.kmeans(x, 1, backend=backend)
+    found = fastvq.kmeans(x, 1, backend=backend, init="random")
     assert torch.equal(found.codes, x[:1])
     assert found.inertia == 0
 
@@ -84,9 +84,9 @@ def test_float64_tokens_are_clustered_in_float64(offset):
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_float64_blobs_on_every_backend(backend, kernel_device):
-    x = (1e9 + blobs(0, n=5).double()).to(kernel_device)
-    found = fastvq.kmeans(x, 4, backend=backend, tolerance=0)
-    for k in range(4):
+    x = (1e9 + blobs(0, n=3)[:6].double()).to(kernel_device)
+    found = fastvq.kmeans(x, 2, backend=backend, init=x[::3], max_iterations=1)
+    for k in range(2):
         expected = true_mean(x[found.labels == k].cpu())
         assert ((found.codes[k].cpu() - expected).abs() <= 2 * spacing(expected, torch.float64)).all()
     assert found.inertia == pytest.approx(float64_inertia(x, found), rel=1e-12)
