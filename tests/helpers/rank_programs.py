@@ -100,7 +100,7 @@ def clustered(rank):
     return [found._asdict(), copy_of(module.state_dict())]
 
 
-def far_tokens(rank):
+def weighted_tokens(rank):
     """Tokens far from zero, more on the second rank, with weights; the first of no weight, at another place."""
     generator = torch.Generator().manual_seed(rank)
     x = 1e6 + 20 * torch.randint(3, (100 + 50 * rank, 1), generator=generator) + torch.randn(100 + 50 * rank, DIM)
@@ -111,7 +111,7 @@ def far_tokens(rank):
 
 def clustered_with_weights(rank):
     torch.manual_seed(rank)
-    x, weights = far_tokens(rank)
+    x, weights = weighted_tokens(rank)
     found = fastvq.kmeans(x, 3, sample_weight=weights, n_init=2)
     parts = [torch.empty(150, DIM + 2) for _ in range(2)]
     own = torch.cat([x, weights[:, None], found.labels[:, None]], 1)
