@@ -13,9 +13,10 @@ from fastvq.functional import search_codes
 from fastvq.learning.batches import Batches, TokenBatches
 from fastvq.learning.seeding import draw_rows
 
-# Float64 values in a block of differences, 2 MiB, and how many blocks' memory the sums of a block may take.
-_BLOCK_VALUES = 1 << 18
-_BLOCK_CODES = 2
+# Float64 values in a block of differences: 2 MiB stay in a CPU's cache, 64 MiB make few launches on other devices. The
+# sums of a block are as large as the codebook, so that a block has at least twice as many tokens.
+_BLOCK_VALUES_CPU, _BLOCK_VALUES = 1 << 18, 1 << 23
+_TOKENS_PER_CODE = 2
 
 
 class _Known(NamedTuple):
@@ -145,7 +146,8 @@ def distances(tokens: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
 
 def _blocks(tokens: Tensor, weights: Tensor, indices: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Blocks of weights and indices, and the differences ``x - e_k``, float64, to be overwritten."""
-    size = max(1, _BLOCK_VALUES // tokens.shape[1], _BLOCK_CODES * len(codes))
+    values = _BLOCK_VALUES_CPU if tokens.device.type == "cpu" else _BLOCK_VALUES
+    size = max(1, values // tokens.shape[1], _TOKENS_PER_CODE * len(codes))
     for x, w, k in zip(tokens.split(size), weights.split(size), indices.split(size), strict=True):
         apart = codes[k.clamp(min=0)]
         yield w, k, torch.sub(x, apart, out=apart)

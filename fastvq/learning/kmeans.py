@@ -43,12 +43,20 @@ class KMeans(_Codes):
     labels: Tensor | list[Tensor]
 
     def __new__(
-        cls, codes: Tensor, counts: Tensor, inertia: float, iterations: int, labels: Tensor | list[Tensor]
+        cls,
+        codes: Tensor,
+        counts: Tensor,
+        inertia: float,
+        iterations: int,
+        labels: Tensor | list[Tensor] | tuple[()] = (),  # pickled results of earlier versions have none
     ) -> "KMeans":
         """A tuple of the first four."""
         self = super().__new__(cls, codes, counts, inertia, iterations)
-        self.labels = labels
+        self.labels = list(labels) if isinstance(labels, tuple) else labels
         return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.labels)  # what a copy is made from
 
 
 def kmeans(
@@ -143,7 +151,8 @@ def kmeans(
         )  # fmt: skip
         best = min((run for run in runs if run is not None), key=lambda run: run.found.inertia, default=None)
         if best is None:
-            raise ValueError("x must hold at least one finite token, got none on any rank")
+            weighing = "" if weights is None else " of positive weight"
+            raise ValueError(f"x must hold at least one finite token{weighing}, got none on any rank")
         labels = [found.view(shape) for found, shape in zip(best.found.labels, best.found.shapes, strict=True)]
         return KMeans(
             best.codes, best.found.counts, best.found.inertia, best.iterations,

@@ -95,11 +95,8 @@ def _iterate(
         found = tokens.assign(codes)
         report(iteration, found.inertia)
         # Rounded directions are not quite the best ones: the inertia may rise by a rounding.
-        best = (
-            Clusters(codes, found, iteration)
-            if found.inertia < best.found.inertia
-            else best._replace(iterations=iteration)
-        )
+        is_best = found.inertia < best.found.inertia
+        best = Clusters(codes, found, iteration) if is_best else best._replace(iterations=iteration)
         has_converged = found.inertia >= (1 - tolerance) * previous
         # Restarts may go on for ever: rounded directions leave distances to restart from.
         if has_converged and (had_converged or not (found.mass == 0).any()):

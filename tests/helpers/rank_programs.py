@@ -103,6 +103,25 @@ def clustered(rank):
     return [found._asdict(), copy_of(module.state_dict())]
 
 
+def weighted_tokens(rank):
+    """Tokens far from zero, more on the second rank, with weights; the first of no weight, at another place."""
+    generator = torch.Generator().manual_seed(rank)
+    x = 1e6 + 20 * torch.randint(3, (100 + 50 * rank, 1), generator=generator) + torch.randn(100 + 50 * rank, DIM)
+    weights = torch.rand(len(x), generator=generator)
+    x[0], weights[0] = 0, 0
+    return x, weights
+
+
+def clustered_with_weights(rank):
+    torch.manual_seed(rank)
+    x, weights = weighted_tokens(rank)
+    found = fastvq.kmeans(x, 3, sample_weight=weights, n_init=2)
+    parts = [torch.empty(150, DIM + 2) for _ in range(2)]
+    own = torch.cat([x, weights[:, None], found.labels[:, None]], 1)
+    torch.distributed.all_gather(parts, torch.nn.functional.pad(own, (0, 0, 0, 150 - len(x)), value=-1))
+    return [{**found._asdict(), "tokens": torch.cat(parts)}]
+
+
 def encoder():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, DIM), trained_codebook())

@@ -19,6 +19,7 @@ PAIR = (
     "cast_by_fsdp",
     "loaded_by_rank_0",
     "clustered",
+    "clustered_with_weights",
     "accumulated",
     "far_from_zero",
     "compiled",
@@ -189,6 +190,20 @@ def test_kmeans_sees_the_tokens_of_all_ranks(two):
     # The ranks' tokens lie 6 apart; codes of one rank's tokens alone would leave 36 per token of the other.
     assert found["inertia"] / 400 < 36
     assert state["N"].sum() > CODES
+
+
+def test_kmeans_of_all_ranks_has_exact_means_far_from_zero(two):
+    (found,) = two["clustered_with_weights"][0]
+    *x, weights, labels = found["tokens"][found["tokens"][:, -1] >= 0].double().T
+    x, labels = torch.stack(x, 1), labels.long()
+    assert len(x) == 250
+    assert torch.equal(found["counts"], torch.bincount(labels))
+    for k in range(3):
+        mine = labels == k
+        mean = (weights[mine, None] * (x[mine] - 1e6)).sum(0) / weights[mine].sum() + 1e6
+        assert ((found["codes"][k] - mean).abs() <= 0.5001 * 2**-4).all()  # half a unit of float32 at 1e6
+    inertia = (weights * (x - found["codes"].double()[labels]).square().sum(1)).sum()
+    assert found["inertia"] == pytest.approx(float(inertia), rel=1e-9)
 
 
 def test_ranks_may_accumulate_different_numbers_of_batches(two):
