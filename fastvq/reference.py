@@ -147,8 +147,7 @@ def ema_step(step: EMAStep) -> Tensor:
     moved = counts_before(N, counts) * decay + counts * (1 - decay)
     total = moved.sum()
     factors = 1 / ((moved + step.smoothing) / (total + len(N) * step.smoothing) * total)
-    starts = (N == 0) & (moved > 0)
-    averages = torch.where(starts[:, None], embeddings, z_avg).double() * decay + step.all_sums() * (1 - decay)
+    averages = torch.where(N[:, None] == 0, embeddings, z_avg).double() * decay + step.all_sums() * (1 - decay)
     stays = must_stay(averages, factors) & (moved > 0)
     moves = ((moved > 0) & ~stays)[:, None]
     z_avg.copy_(torch.where(moves, averages, z_avg))
