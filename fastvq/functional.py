@@ -10,6 +10,7 @@ from fastvq.backends.base import Backend
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.backends.operators import backend_for, is_traced
 from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
+from fastvq.common.token_sums import TokenSums
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss
 
@@ -135,7 +136,9 @@ def code_statistics(
         backend: as in :func:`nearest_code`.
 
     Returns:
-        ``(counts [K], sums [K, D])``, float32, added in integers and in float32; ``[H, ...]`` with ``heads``.
+        ``(counts [K], sums [K, D])``, float32; ``[H, ...]`` with ``heads``. They are added in integers and in float64
+        and rounded once: a count is exact up to 2^24, the error of a sum of n tokens is at most
+        ``2^-24 |sum| + n 2^-53 Σ|x|``, whatever their offset, for float64 tokens too. A sum beyond 3.4e38 is infinite.
 
     Raises:
         TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
@@ -152,8 +155,9 @@ def code_statistics(
         first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
         indices = torch.where((indices < 0) | (indices >= n_codes), -1, indices + first)
     flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
-    counts, sums = backend_for(x, backend).code_statistics(flat, indices.reshape(-1), n_rows, deterministic)
-    return counts.view(*leading, n_codes), sums.view(*leading, n_codes, x.shape[-1])
+    counts, sums = backend_for(x, backend).statistics(flat, indices.reshape(-1), n_rows, deterministic)
+    rounded = sums.all(torch.float32) if isinstance(sums, TokenSums) else sums.float()
+    return counts.float().view(*leading, n_codes), rounded.view(*leading, n_codes, x.shape[-1])
 
 
 def quantize(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.common.distributed import all_reduce_sum, broadcast_from_rank_0
-from fastvq.common.ema_step import EMAStep, is_dead
+from fastvq.common.ema_step import EMAStep, is_dead, must_stay
 
 # One [tokens, codes] float64 tile and one temporary of the same size stay in a core's cache.
 _TOKENS_PER_TILE = 64
@@ -124,31 +124,44 @@ def code_statistics(
         masks = [None] * len(x) if mask is None else list(mask)
         per_head = [code_statistics(t, i, n_codes, mask=m) for t, i, m in zip(x, indices, masks, strict=True)]
         return torch.stack([counts for counts, _ in per_head]), torch.stack([sums for _, sums in per_head])
-    flat, codes = x.reshape(-1, x.shape[-1]).float(), indices.reshape(-1)
-    kept = codes >= 0 if mask is None else (codes >= 0) & mask.reshape(-1)
-    one_hot = F.one_hot(codes[kept], n_codes).float()
-    return one_hot.sum(0), one_hot.t() @ flat[kept]
+    codes = indices.reshape(-1) if mask is None else torch.where(mask, indices, -1).reshape(-1)
+    counts, sums = add_up(x.reshape(-1, x.shape[-1]), codes, n_codes)
+    return counts.float(), sums.float()
+
+
+def add_up(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
+    """:func:`code_statistics` of ``x [N, D]`` before its rounding: counts int64, sums float64."""
+    kept = indices >= 0
+    one_hot = F.one_hot(indices[kept], n_codes)
+    return one_hot.sum(0), one_hot.double().t() @ x[kept].double()
 
 
 @torch.no_grad()
-def ema_step(step: EMAStep) -> None:
-    """Move the codes in place by the formulas of :class:`fastvq.common.ema_step.EMAStep`."""
-    embeddings, N, z_avg, counts, sums, rows, found, decay, *_ = step
-    N.copy_(N * decay + counts * (1 - decay))
-    total = N.sum()
-    weights = (N + step.smoothing) / (total + len(N) * step.smoothing) * total
-    averages = z_avg * decay + sums * (1 - decay)
-    z_avg.copy_(torch.where(total > 0, averages, z_avg))
-    embeddings.copy_(torch.where(total > 0, averages / weights[:, None], embeddings))
-    if rows is None:
-        return
-    dead = is_dead(N, step.restart_thres, step.restart_thres_relative)
-    if found is not None:
-        dead = dead & found.reshape(())
-    embeddings.copy_(torch.where(dead[:, None], rows, embeddings))
-    if step.resets:
-        z_avg.copy_(torch.where(dead[:, None], rows, z_avg))
-        N.copy_(torch.where(dead, 1, N))
+def ema_step(step: EMAStep) -> Tensor:
+    """Move the codes in place by the formulas of :class:`fastvq.common.ema_step.EMAStep`.
+
+    Returns:
+        The codes that stayed because they would not be finite, bool ``[K]``.
+    """
+    embeddings, N, z_avg, counts, _, rows, found, decay, *_ = step
+    moved = N.double() * decay + counts * (1 - decay)
+    total = moved.sum()
+    factors = 1 / ((moved + step.smoothing) / (total + len(N) * step.smoothing) * total)
+    averages = z_avg.double() * decay + step.all_sums() * (1 - decay)
+    stays = must_stay(averages, factors) & (total > 0)
+    moves = (total > 0) & ~stays[:, None]
+    z_avg.copy_(torch.where(moves, averages, z_avg))
+    embeddings.copy_(torch.where(moves, averages * factors[:, None], embeddings))
+    if rows is not None:
+        dead = is_dead(moved, step.restart_thres, step.restart_thres_relative) & ~stays
+        if found is not None:
+            dead = dead & found.reshape(())
+        embeddings.copy_(torch.where(dead[:, None], rows, embeddings))
+        if step.resets:
+            z_avg.copy_(torch.where(dead[:, None], rows, z_avg))
+            moved = torch.where(dead, 1, moved)
+    N.copy_(torch.where(stays, N, moved))
+    return stays
 
 
 def quantize(x: Tensor, codebook: Tensor, *, commitment_weight: float = 0.25, mask: Tensor | None = None) -> Quantized:

@@ -17,7 +17,7 @@ DECAY = 0.99
 def problem(k, d, batch=9):
     """Embeddings, N and z_avg of a codebook that has learnt; counts, with zeros, and sums of a step; rows."""
     state = torch.randn(k, d), torch.rand(k) * batch / 3, torch.randn(k, d)
-    return state, (torch.randint(0, batch, (k,)).float(), torch.randn(k, d)), torch.randn(k, d)
+    return state, (torch.randint(0, batch, (k,)).double(), torch.randn(k, d, dtype=torch.float64)), torch.randn(k, d)
 
 
 def after(step, state, counts, sums, rows=None, found=None, **options):
@@ -127,7 +127,7 @@ def test_relative_threshold_does_not_depend_on_the_size_of_a_batch(step):
 
 
 def test_step_takes_no_memory_that_grows_with_the_codes():
-    state, statistics, rows = problem(1 << 16, 32)
+    state, statistics, rows = problem(1 << 16, 64)
     step = EMAStep(*state, *statistics, rows, None, DECAY, resets=True)
     assert peak_extra_memory(lambda: ema.ema_step(step), torch.device("cpu")) < state[0].nbytes / 2
 
