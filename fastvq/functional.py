@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fastvq.backends.base import Backend
 from fastvq.backends.codebook_cache import CodebookCache
-from fastvq.backends.operators import backend_for, is_traced
+from fastvq.backends.operators import backend_for, is_jit_tracing, is_traced
+from fastvq.backends.portable import is_portable
 from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
 from fastvq.reference import Quantized
-from fastvq.straight_through import StraightThrough, commitment_loss
+from fastvq.straight_through import StraightThrough, commitment_loss, straight_through
 
 # Float64 values in a block of distances (8 MiB).
 _BLOCK_VALUES = 1 << 20
@@ -91,7 +92,7 @@ def _distance(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tens
     """Squared distances, or similarities, of tokens and their codes, summed in float64 and rounded to float32."""
     tokens = x.reshape(-1, x.shape[-1])
     codes = _gather(indices, codebook).reshape(tokens.shape)
-    if torch.compiler.is_compiling():  # the compiler makes one loop of it, without temporaries
+    if is_traced(x):  # the number of blocks would be recorded; a compiler makes one loop, without temporaries
         values = _pair_values(tokens, codes, metric)
     else:
         rows = max(1, _BLOCK_VALUES // x.shape[-1])
@@ -196,7 +197,13 @@ def pass_through(
 ) -> tuple[Tensor, Tensor]:
     """``quantized`` and ``loss`` of :func:`quantize` for the ``indices`` found."""
     codes = _gather(indices, codebook.detach())
-    return StraightThrough.apply(x, codes, indices, mask), commitment_loss(x, codes, indices, commitment_weight)
+    loss = commitment_loss(x, codes, indices, commitment_weight)
+    if is_portable():
+        return straight_through(x, codes, indices, mask, passes_gradient=False), loss
+    if not is_traced(x):
+        return StraightThrough.apply(x, codes, indices, mask), loss
+    # `torch.jit.trace` compares with a second trace, made without gradients: the two must not differ.
+    return straight_through(x, codes, indices, mask, x.requires_grad or is_jit_tracing()), loss
 
 
 def lookup(indices: Tensor, codebook: Tensor) -> Tensor:

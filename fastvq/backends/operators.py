@@ -12,13 +12,18 @@ from torch.nn import Parameter
 from fastvq.backends.base import Backend
 from fastvq.backends.choose import BACKENDS, check_backend, choose
 from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.portable import PORTABLE, is_portable
 from fastvq.common.ema_step import EMAStep
 
 
 def is_traced(x: Tensor) -> bool:
     """Whether a compiler or a tensor subclass records operations on ``x``, or ``x`` has no values."""
-    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return is_recorded or type(x) not in (Tensor, Parameter) or x.is_meta
+    return torch.compiler.is_compiling() or is_jit_tracing() or type(x) not in (Tensor, Parameter) or x.is_meta
+
+
+def is_jit_tracing() -> bool:
+    """Whether ``torch.jit.trace``, or the exporter to ONNX that builds on it, records."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def may_read(tensor: Tensor) -> bool:
@@ -29,9 +34,14 @@ def may_read(tensor: Tensor) -> bool:
 def backend_for(x: Tensor, name: str) -> Backend:
     """The backend called ``name`` for a call on ``x``; the operators where a compiler records the call.
 
+    Inside :func:`fastvq.portable` it is another one, whatever the name.
+
     Raises:
         ValueError: as :func:`fastvq.backends.choose.choose`.
     """
+    if is_portable():
+        check_backend(name)
+        return PORTABLE
     if not is_traced(x):
         return choose(x.device, name)
     check_backend(name)
