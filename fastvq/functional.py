@@ -136,7 +136,9 @@ def code_statistics(
         backend: as in :func:`nearest_code`.
 
     Returns:
-        ``(counts [K], sums [K, D])``, float32, added in integers and in float32; ``[H, ...]`` with ``heads``.
+        ``(counts [K], sums [K, D])``, float32; ``[H, ...]`` with ``heads``. They are added in integers and in float64
+        and rounded once: a count is exact up to 2^24, the error of a sum of n tokens is at most
+        ``2^-24 |sum| + n 2^-53 Σ|x|``, whatever their offset, for float64 tokens too. A sum beyond 3.4e38 is infinite.
 
     Raises:
         TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
@@ -154,7 +156,7 @@ def code_statistics(
         indices = torch.where((indices < 0) | (indices >= n_codes), -1, indices + first)
     flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
     counts, sums = backend_for(x, backend).code_statistics(flat, indices.reshape(-1), n_rows, deterministic)
-    return counts.view(*leading, n_codes), sums.view(*leading, n_codes, x.shape[-1])
+    return counts.float().view(*leading, n_codes), sums.float().view(*leading, n_codes, x.shape[-1])
 
 
 def quantize(

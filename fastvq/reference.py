@@ -129,25 +129,32 @@ def code_statistics(
         masks = [None] * len(x) if mask is None else list(mask)
         per_head = [code_statistics(t, i, n_codes, mask=m) for t, i, m in zip(x, indices, masks, strict=True)]
         return torch.stack([counts for counts, _ in per_head]), torch.stack([sums for _, sums in per_head])
-    flat, codes = x.reshape(-1, x.shape[-1]).float(), indices.reshape(-1)
-    kept = codes >= 0 if mask is None else (codes >= 0) & mask.reshape(-1)
-    one_hot = F.one_hot(codes[kept], n_codes).float()
-    return one_hot.sum(0), one_hot.t() @ flat[kept]
+    codes = indices.reshape(-1) if mask is None else torch.where(mask, indices, -1).reshape(-1)
+    counts, sums = add_up(x.reshape(-1, x.shape[-1]), codes, n_codes)
+    return counts.float(), sums.float()
+
+
+def add_up(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
+    """:func:`code_statistics` of ``x [N, D]`` before its rounding: counts int64, sums float64."""
+    kept = indices >= 0
+    one_hot = F.one_hot(indices[kept], n_codes)
+    return one_hot.sum(0), one_hot.double().t() @ x[kept].double()
 
 
 @torch.no_grad()
 def ema_step(step: EMAStep) -> None:
     """Move the codes in place by the formulas of :class:`fastvq.common.ema_step.EMAStep`."""
     embeddings, N, z_avg, counts, sums, rows, found, decay, *_ = step
-    N.copy_(N * decay + counts * (1 - decay))
-    total = N.sum()
-    weights = (N + step.smoothing) / (total + len(N) * step.smoothing) * total
-    averages = z_avg * decay + sums * (1 - decay)
+    moved = N.double() * decay + counts * (1 - decay)
+    N.copy_(moved)
+    total = moved.sum()
+    weights = (moved + step.smoothing) / (total + len(N) * step.smoothing) * total
+    averages = z_avg.double() * decay + sums * (1 - decay)
     z_avg.copy_(torch.where(total > 0, averages, z_avg))
     embeddings.copy_(torch.where(total > 0, averages / weights[:, None], embeddings))
     if rows is None:
         return
-    dead = is_dead(N, step.restart_thres, step.restart_thres_relative)
+    dead = is_dead(moved, step.restart_thres, step.restart_thres_relative)
     if found is not None:
         dead = dead & found.reshape(())
     embeddings.copy_(torch.where(dead[:, None], rows, embeddings))

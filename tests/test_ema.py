@@ -17,7 +17,7 @@ DECAY = 0.99
 def problem(k, d, batch=9):
     """Embeddings, N and z_avg of a codebook that has learnt; counts, with zeros, and sums of a step; rows."""
     state = torch.randn(k, d), torch.rand(k) * batch / 3, torch.randn(k, d)
-    return state, (torch.randint(0, batch, (k,)).float(), torch.randn(k, d)), torch.randn(k, d)
+    return state, (torch.randint(0, batch, (k,)).double(), torch.randn(k, d, dtype=torch.float64)), torch.randn(k, d)
 
 
 def after(step, state, counts, sums, rows=None, found=None, **options):

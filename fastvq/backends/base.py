@@ -20,7 +20,7 @@ class Backend(NamedTuple):
         nearest_code: ``(x, codebook, metric, cache)``; indices ``[..., N]`` of ``x [..., N, D]`` in
             ``codebook [..., K, D]``, with one or no leading dimension, equal to :func:`fastvq.reference.nearest_code`
             of each head. The cache, for one head, may be None.
-        code_statistics: ``(x, indices, n_codes, deterministic)``; counts ``[K]`` and sums ``[K, D]``, float32, of
+        code_statistics: ``(x, indices, n_codes, deterministic)``; counts ``[K]`` int64 and sums ``[K, D]`` float64 of
             ``x [N, D]`` by ``indices [N]``, where -1 is left out. ``deterministic`` as in
             :func:`fastvq.code_statistics`.
         ema_step: ``(step)``; moves the codes in place.

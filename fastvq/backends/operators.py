@@ -63,13 +63,13 @@ def _(x: Tensor, codebook: Tensor, metric: str, backend: str) -> Tensor:
 def code_statistics_op(
     x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Counts ``[K]`` and sums ``[K, D]``, float32, of ``x [N, D]`` by ``indices [N]``."""
+    """Counts ``[K]`` int64 and sums ``[K, D]`` float64 of ``x [N, D]`` by ``indices [N]``."""
     return choose(x.device, backend).code_statistics(x, indices, n_codes, deterministic)
 
 
 @code_statistics_op.register_fake
 def _(x: Tensor, indices: Tensor, n_codes: int, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(n_codes, dtype=torch.float32), x.new_empty(n_codes, x.shape[1], dtype=torch.float32)
+    return x.new_empty(n_codes, dtype=torch.int64), x.new_empty(n_codes, x.shape[1], dtype=torch.float64)
 
 
 @torch.library.custom_op("fastvq::ema_step", mutates_args=())

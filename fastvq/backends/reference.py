@@ -21,7 +21,7 @@ def _nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache
 
 def _code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
     with full_precision(x.device):
-        return reference.code_statistics(x, indices, n_codes)
+        return reference.add_up(x, indices, n_codes)
 
 
 REFERENCE = Backend("reference", runs_anywhere, _prepare, _nearest_code, _code_statistics, reference.ema_step)

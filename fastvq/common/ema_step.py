@@ -8,7 +8,8 @@ from torch import Tensor
 class EMAStep(NamedTuple):
     """Moves codes to the averages of the tokens they win, in place.
 
-    With ``γ = decay``, ``ε = smoothing`` and ``S = ΣN``, in float32, every operation rounded by itself::
+    With ``γ = decay``, ``ε = smoothing`` and ``S = ΣN``, in float64, every operation rounded by itself, and the results
+    once to float32::
 
         N_k ← γ N_k + (1 - γ) counts_k
         z_k ← γ z_k + (1 - γ) sums_k
@@ -27,8 +28,8 @@ class EMAStep(NamedTuple):
     embeddings: Tensor  # E, float32 [K, D]; written
     N: Tensor  # float32 [K]; written
     z_avg: Tensor  # z, float32 [K, D]; written
-    counts: Tensor  # float32 [K], as fastvq.code_statistics gives them
-    sums: Tensor  # float32 [K, D]
+    counts: Tensor  # float64 [K], tokens of each code
+    sums: Tensor  # float64 [K, D], their sums
     rows: Tensor | None  # float32 [K, D], a new place for every code; None: no restarts
     found: Tensor | None  # bool, one element: whether rows may be used; None: they may
     decay: float  # γ

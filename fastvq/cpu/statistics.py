@@ -6,10 +6,12 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from fastvq.cpu import tuning
+
 
 @torch.no_grad()
 def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
-    """Counts ``[K]`` and sums ``[K, D]``, float32, of ``x [N, D]`` by ``indices [N]``; -1 is left out."""
+    """Counts ``[K]`` int64 and sums ``[K, D]`` float64 of ``x [N, D]`` by ``indices [N]``; -1 is left out."""
     # A CPU always adds in ascending order and needs no switch of the process.
     needs_switch = bool(deterministic) and x.device.type != "cpu"
     with _deterministic_algorithms() if needs_switch else nullcontext():
@@ -27,12 +29,14 @@ def _deterministic_algorithms() -> Iterator[None]:
 
 
 def _scatter_add(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
-    if x.device.type == "cpu" and (not len(indices) or indices.amin() >= 0):
-        sums = torch.zeros(n_codes, x.shape[1], dtype=torch.float32, device=x.device).index_add_(0, indices, x.float())
-        return torch.bincount(indices, minlength=n_codes).float(), sums
-    # A spare last row takes the tokens without a code, NaN included, so that x need not be copied.
+    # A spare last row takes the tokens without a code, NaN included.
     rows = torch.where(indices < 0, n_codes, indices)
-    sums = torch.zeros(n_codes + 1, x.shape[1], dtype=torch.float32, device=x.device).index_add_(0, rows, x.float())
-    # Integer counts: float32 stops counting at 2^24. bincount would wait for a GPU.
+    sums = torch.zeros(n_codes + 1, x.shape[1], dtype=torch.float64, device=x.device)
+    size = max(1, tuning.STATISTICS_VALUES // x.shape[1])
+    for tokens, block in zip(x.split(size), rows.split(size), strict=True):
+        sums.index_add_(0, block, tokens.double())
+    if x.device.type == "cpu":
+        return torch.bincount(rows, minlength=n_codes + 1)[:-1], sums[:-1]
+    # bincount would wait for a GPU.
     counts = torch.zeros(n_codes + 1, dtype=torch.int64, device=x.device).index_add_(0, rows, torch.ones_like(rows))
-    return counts[:-1].float(), sums[:-1]
+    return counts[:-1], sums[:-1]

@@ -14,7 +14,7 @@ from fastvq.learning.restart import Draw, draw_tokens, merge, over_ranks
 
 
 class Update(NamedTuple):
-    """Statistics of all ranks: ``counts [K]``, ``sums [K, D]``, and tokens for dead codes ``rows [K, D]``.
+    """Statistics of all ranks, float64: ``counts [K]``, ``sums [K, D]``; and tokens for dead codes ``rows [K, D]``.
 
     ``found`` is a scalar bool, whether there was a token; both are None where no code restarts.
     """
@@ -26,7 +26,10 @@ class Update(NamedTuple):
 
 
 class BatchStatistics(NamedTuple):
-    """Statistics of this rank's tokens since the last update, with a draw where codes restart."""
+    """Statistics of this rank's tokens since the last update, float64, with a draw where codes restart.
+
+    Counts are exact up to 2^53, and one all-reduce takes both.
+    """
 
     counts: Tensor
     sums: Tensor
@@ -52,4 +55,5 @@ def collect(tokens: Tensor, indices: Tensor, n_codes: int, restarts: bool, backe
     """Statistics of ``tokens [..., D]`` by ``indices [...]``, -1 left out, with a draw where codes restart."""
     tokens, indices = tokens.detach().reshape(-1, tokens.shape[-1]), indices.reshape(-1)
     counts, sums = backend.code_statistics(tokens, indices, n_codes, None)
-    return BatchStatistics(counts, sums, draw_tokens(tokens.float(), indices >= 0, n_codes) if restarts else None)
+    draw = draw_tokens(tokens.float(), indices >= 0, n_codes) if restarts else None
+    return BatchStatistics(counts.double(), sums, draw)

@@ -1,5 +1,7 @@
 """The moving averages of a codebook and the codes they give, in one pass over [K, D]."""
 
+import struct
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,23 +10,42 @@ from ..configs import EMA
 from ..launch import cdiv, dense
 
 
-@triton.jit(do_not_specialize=["K"])
+def halves(value: float) -> tuple[int, int]:
+    """The bits of a float64 as two int32: Triton rounds a Python float to float32."""
+    return struct.unpack("<ii", struct.pack("<d", value))
+
+
+@triton.jit
+def from_halves(low, high):
+    """The float64 of `halves`."""
+    bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "K", "decay_low", "decay_high", "smoothing_low", "smoothing_high",
+        "threshold_low", "threshold_high", "per_token_low", "per_token_high",
+    ]
+)  # fmt: skip
 def ema_kernel(
     p_embeddings,  # [K, D] float32, written
     p_n,  # [K] float32, written
     p_z,  # [K, D] float32, read and written
-    p_moved,  # [K] float32: the new N before restarts
-    p_total,  # [] float32: its sum
-    p_sums,  # [K, D] float32
+    p_moved,  # [K] float64: the new N before restarts
+    p_total,  # [] float64: its sum
+    p_sums,  # [K, D] float64
     p_rows,  # [K, D] float32, or None: no restarts
     p_found,  # [] bool, or None: rows may be used
     K,
-    decay,
-    gain,  # 1 - decay
-    smoothing,
-    all_smoothing,  # K smoothing
-    threshold,
-    threshold_per_token,
+    decay_low,
+    decay_high,
+    smoothing_low,
+    smoothing_high,
+    threshold_low,
+    threshold_high,
+    per_token_low,
+    per_token_high,
     D: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
@@ -32,16 +53,20 @@ def ema_kernel(
 ):
     """One program moves BK codes.
 
-    Every operation is rounded by itself, with no multiplication fused into an addition, so that all processes, and
-    PyTorch's operators, agree on every bit.
+    Every operation is rounded to float64 by itself, with no multiplication fused into an addition, so that all
+    processes, and PyTorch's operators, agree on every bit.
     """
     o_k = tl.program_id(0).to(tl.int64) * BK + tl.arange(0, BK)  # [BK]
     m_k = o_k < K
+    decay = from_halves(decay_low, decay_high)
+    smoothing = from_halves(smoothing_low, smoothing_high)
+    gain = 1.0 - decay
     b_total = tl.broadcast_to(tl.load(p_total), [BK])
     b_n = tl.load(p_moved + o_k, mask=m_k, other=1.0)
-    b_weight = tl.div_rn(b_n + smoothing, b_total + all_smoothing) * b_total
+    b_weight = (b_n + smoothing) / (b_total + K * smoothing) * b_total
     if p_rows is not None:
-        restarts = m_k & (b_n < threshold + threshold_per_token * b_total)
+        threshold = from_halves(threshold_low, threshold_high)
+        restarts = m_k & (b_n < threshold + from_halves(per_token_low, per_token_high) * b_total)
         if p_found is not None:
             restarts &= tl.load(p_found)
         if RESETS:
@@ -58,9 +83,9 @@ def ema_kernel(
         o_d = d + tl.arange(0, BD)  # [BD]
         o_e = o_k[:, None] * D + o_d[None, :]
         m_e = m_k[:, None] & (o_d < D)[None, :]
-        b_z = tl.load(p_z + o_e, mask=m_e, other=0.0)  # [BK, BD]
+        b_z = tl.load(p_z + o_e, mask=m_e, other=0.0).to(tl.float64)  # [BK, BD]
         b_z = b_z * decay + tl.load(p_sums + o_e, mask=m_e, other=0.0) * gain
-        b_e = tl.div_rn(b_z, b_weight[:, None])
+        b_e = b_z / b_weight[:, None]
         if p_rows is not None:
             b_row = tl.load(p_rows + o_e, mask=m_e & restarts[:, None], other=0.0)
             b_e = tl.where(restarts[:, None], b_row, b_e)
@@ -86,11 +111,11 @@ def ema_step(
 ) -> None:
     """The fields of `fastvq.common.ema_step.EMAStep` in their order; ``embeddings``, ``N`` and ``z_avg`` are dense."""
     K, D = embeddings.shape
-    moved = N * decay + counts * (1 - decay)
+    moved = N.double() * decay + counts * (1 - decay)
     block_k, block_d = EMA.blocks(D)
     threshold, per_token = (restart_thres, 0.0) if restart_thres_relative is None else (0.0, restart_thres_relative / K)
     ema_kernel[(cdiv(K, block_k),)](
         embeddings, N, z_avg, moved, moved.sum(), dense(sums), rows if rows is None else dense(rows), found,
-        K, decay, 1 - decay, smoothing, K * smoothing, threshold, per_token,
+        K, *halves(decay), *halves(smoothing), *halves(threshold), *halves(per_token),
         D=D, BK=block_k, BD=block_d, RESETS=resets, num_warps=EMA.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

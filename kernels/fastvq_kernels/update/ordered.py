@@ -22,11 +22,11 @@ from ..launch import cdiv
 
 @triton.jit
 def load_rows(p_rows, p_order, b_row, m_r, o_d, D: tl.constexpr, TOKENS: tl.constexpr):
-    """[BR, BD] float32 of one row per run; zero where the run has ended."""
+    """[BR, BD] float64 of one row per run; zero where the run has ended."""
     if TOKENS:
         b_row = tl.load(p_order + b_row, mask=m_r, other=0)
     p_x = p_rows + b_row[:, None] * D + o_d[None, :]
-    return tl.load(p_x, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
+    return tl.load(p_x, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["N", "K", "log_unit"])
@@ -35,8 +35,8 @@ def sum_runs_kernel(
     p_indices,  # [N] int64
     p_order,  # [N] int64: token at each sorted position
     p_starts,  # [K + 1] int64: first sorted position of each code
-    p_sums,  # [K, D] float32
-    p_above,  # [ceil(N / (RUN << log_unit)), D] float32
+    p_sums,  # [K, D] float64
+    p_above,  # [ceil(N / (RUN << log_unit)), D] float64
     N,
     K,
     log_unit,  # a row stands for the sorted position p << log_unit
@@ -82,10 +82,10 @@ def sum_runs_kernel(
         b_length = tl.where(b_run == b_runs - 1, b_rows - (b_run << LOG_RUN), RUN)
         p_out, b_out = p_above, b_j
     b_length = tl.where(m_r, b_length, 0).to(tl.int32)
-    b_0 = tl.zeros([BR, BD], tl.float32)
-    b_1 = tl.zeros([BR, BD], tl.float32)
-    b_2 = tl.zeros([BR, BD], tl.float32)
-    b_3 = tl.zeros([BR, BD], tl.float32)
+    b_0 = tl.zeros([BR, BD], tl.float64)
+    b_1 = tl.zeros([BR, BD], tl.float64)
+    b_2 = tl.zeros([BR, BD], tl.float64)
+    b_3 = tl.zeros([BR, BD], tl.float64)
     for i in range(0, tl.max(b_length), 4):
         b_0 += load_rows(p_rows, p_order, b_row + i, i < b_length, o_d, D, TOKENS)
         b_1 += load_rows(p_rows, p_order, b_row + i + 1, i + 1 < b_length, o_d, D, TOKENS)
@@ -101,24 +101,24 @@ def sort_key(n_codes: int) -> torch.dtype:
 
 
 def ordered_statistics(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
-    """Counts ``[K]`` and sums ``[K, D]``, float32, of dense ``x [N, D]`` by dense ``indices [N]`` in ``[0, K)``."""
+    """Counts ``[K]`` int64 and sums ``[K, D]`` float64 of dense ``x [N, D]`` by dense ``indices [N]`` in ``[0, K)``."""
     n_tokens, dim = x.shape
     key = sort_key(n_codes)
     # Other indices go to both ends, outside the stretches of the codes.
     codes, order = torch.sort(indices.clamp(-1, n_codes).to(key), stable=True)
     starts = torch.searchsorted(codes, torch.arange(n_codes + 1, dtype=key, device=x.device))
-    sums = torch.empty(n_codes, dim, dtype=torch.float32, device=x.device)
+    sums = torch.empty(n_codes, dim, dtype=torch.float64, device=x.device)
     block_r, block_d = ORDERED.blocks(dim)
     log_unit, rows, n_above = 0, x, 0
     # Few tokens need no second level; it runs nevertheless, so that no later batch compiles it.
     while log_unit <= ORDERED.log_run or n_above:
         run = ORDERED.run << log_unit
         n_above = cdiv(n_tokens, run) if n_tokens >= run else 0
-        above = torch.empty(n_above, dim, dtype=torch.float32, device=x.device)
+        above = torch.empty(n_above, dim, dtype=torch.float64, device=x.device)
         grid = (cdiv(n_codes, block_r) + cdiv(n_above, block_r), cdiv(dim, block_d))
         sum_runs_kernel[grid](
             rows, indices, order, starts, sums, above, n_tokens, n_codes, log_unit,
             D=dim, BR=block_r, BD=block_d, LOG_RUN=ORDERED.log_run, TOKENS=log_unit == 0, num_warps=ORDERED.num_warps,
         )  # fmt: skip
         log_unit, rows = log_unit + ORDERED.log_run, above
-    return starts.diff().float(), sums
+    return starts.diff(), sums
