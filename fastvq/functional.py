@@ -11,6 +11,7 @@ from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.backends.operators import backend_for, is_jit_tracing, is_traced
 from fastvq.backends.portable import is_portable
 from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
+from fastvq.common.devices import float64_device
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss, straight_through
 
@@ -90,15 +91,16 @@ def search_codes(
 
 def _distance(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
     """Squared distances, or similarities, of tokens and their codes, summed in float64 and rounded to float32."""
-    tokens = x.reshape(-1, x.shape[-1])
-    codes = _gather(indices, codebook).reshape(tokens.shape)
+    home = float64_device(x.device)
+    tokens = x.reshape(-1, x.shape[-1]).to(home)
+    codes = _gather(indices, codebook).reshape(tokens.shape).to(home)
     if is_traced(x):  # the number of blocks would be recorded; a compiler makes one loop, without temporaries
         values = _pair_values(tokens, codes, metric)
     else:
         rows = max(1, _BLOCK_VALUES // x.shape[-1])
         blocks = zip(tokens.split(rows), codes.split(rows), strict=True)
         values = torch.cat([_pair_values(*block, metric) for block in blocks])
-    return torch.where(indices < 0, torch.nan, values.view(indices.shape))
+    return torch.where(indices < 0, torch.nan, values.view(indices.shape).to(x.device))
 
 
 def _pair_values(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
@@ -155,8 +157,9 @@ def code_statistics(
         first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
         indices = torch.where((indices < 0) | (indices >= n_codes), -1, indices + first)
     flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
-    counts, sums = backend_for(x, backend).code_statistics(flat, indices.reshape(-1), n_rows, deterministic)
-    return counts.float().view(*leading, n_codes), sums.float().view(*leading, n_codes, x.shape[-1])
+    found = backend_for(x, backend).code_statistics(flat, indices.reshape(-1), n_rows, deterministic)
+    counts, sums = (tensor.float().to(x.device) for tensor in found)
+    return counts.view(*leading, n_codes), sums.view(*leading, n_codes, x.shape[-1])
 
 
 def quantize(

@@ -13,6 +13,7 @@ from fastvq.backends.base import Backend
 from fastvq.backends.choose import BACKENDS, check_backend, choose
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.backends.portable import PORTABLE, is_portable
+from fastvq.common.devices import float64_device
 from fastvq.common.ema_step import EMAStep
 
 
@@ -63,13 +64,15 @@ def _(x: Tensor, codebook: Tensor, metric: str, backend: str) -> Tensor:
 def code_statistics_op(
     x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Counts ``[K]`` int64 and sums ``[K, D]`` float64 of ``x [N, D]`` by ``indices [N]``."""
+    """Counts ``[K]`` int64 and sums ``[K, D]`` float64 of ``x [N, D]`` by ``indices [N]``, on the float64 device."""
     return choose(x.device, backend).code_statistics(x, indices, n_codes, deterministic)
 
 
 @code_statistics_op.register_fake
 def _(x: Tensor, indices: Tensor, n_codes: int, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(n_codes, dtype=torch.int64), x.new_empty(n_codes, x.shape[1], dtype=torch.float64)
+    home = float64_device(x.device)
+    counts = x.new_empty(n_codes, dtype=torch.int64, device=home)
+    return counts, x.new_empty(n_codes, x.shape[1], dtype=torch.float64, device=home)
 
 
 @torch.library.custom_op("fastvq::ema_step", mutates_args=())
