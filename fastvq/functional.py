@@ -91,20 +91,22 @@ def search_codes(
 
 def _distance(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
     """Squared distances, or similarities, of tokens and their codes, summed in float64 and rounded to float32."""
-    home = float64_device(x.device)
+    home, precise = float64_device(x.device), torch.float64
+    if is_portable():  # other runtimes may lack float64
+        home, precise = x.device, torch.promote_types(x.dtype, torch.float32)
     tokens = x.reshape(-1, x.shape[-1]).to(home)
     codes = _gather(indices, codebook).reshape(tokens.shape).to(home)
     if is_traced(x):  # the number of blocks would be recorded; a compiler makes one loop, without temporaries
-        values = _pair_values(tokens, codes, metric)
+        values = _pair_values(tokens, codes, metric, precise)
     else:
         rows = max(1, _BLOCK_VALUES // x.shape[-1])
         blocks = zip(tokens.split(rows), codes.split(rows), strict=True)
-        values = torch.cat([_pair_values(*block, metric) for block in blocks])
+        values = torch.cat([_pair_values(*block, metric, precise) for block in blocks])
     return torch.where(indices < 0, torch.nan, values.view(indices.shape).to(x.device))
 
 
-def _pair_values(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
-    tokens, codes = tokens.double(), codes.double()
+def _pair_values(tokens: Tensor, codes: Tensor, metric: str, precise: torch.dtype) -> Tensor:
+    tokens, codes = tokens.to(precise), codes.to(precise)
     if metric == "euclidean":
         return (tokens - codes).square().sum(1).float()
     product = (tokens * codes).sum(1)

@@ -3,6 +3,7 @@
 import threading
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -71,6 +72,13 @@ def export(module, shapes, file, dynamo):
         torch.onnx.export(module, example, file, dynamo=False, **names)
 
 
+def types(file):
+    """The types of constants, and those that values are cast to."""
+    graph = onnx.load(file).graph
+    cast = {attribute.i for node in graph.node for attribute in node.attribute if attribute.name == "to"}
+    return cast | {constant.data_type for constant in graph.initializer}
+
+
 @pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
@@ -81,6 +89,7 @@ def test_onnx_file_gives_the_exact_indices(case, dynamo, tmp_path):
     module, file = make().eval(), str(tmp_path / "model.onnx")
     with fastvq.portable():
         export(module, shapes, file, dynamo)
+    assert onnx.TensorProto.DOUBLE not in types(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     given = inputs(shapes(77))
     feed = {slot.name: tensor.numpy() for slot, tensor in zip(session.get_inputs(), given, strict=True)}
