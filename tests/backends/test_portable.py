@@ -1,5 +1,6 @@
 """The portable form: ONNX files that give the exact index, ties, masks, NaN, and where it ends."""
 
+import re
 import threading
 
 import numpy as np
@@ -7,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from checkout import ROOT
 from torch import nn
 
 import fastvq
@@ -79,9 +81,12 @@ def types(file):
     return cast | {constant.data_type for constant in graph.initializer}
 
 
-@pytest.mark.filterwarnings(
+PYTORCH_WARNS = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
+
+
+@PYTORCH_WARNS
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "TorchScript"])
 @pytest.mark.parametrize("case", CASES)
 def test_onnx_file_gives_the_exact_indices(case, dynamo, tmp_path):
@@ -100,6 +105,14 @@ def test_onnx_file_gives_the_exact_indices(case, dynamo, tmp_path):
     assert (indices == -1).sum() > (~given[1]).sum()
     for actual, wanted in zip(others, expected[1:], strict=True):
         torch.testing.assert_close(actual, wanted, equal_nan=True)
+
+
+@PYTORCH_WARNS
+def test_the_example_of_the_documentation_writes_both_files(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    assert {file.name for file in tmp_path.iterdir()} >= {"exact.pt2", "portable.onnx"}
 
 
 def portable_search(x, codebook, metric="euclidean", **options):
