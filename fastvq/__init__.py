@@ -1,6 +1,7 @@
 """Exact vector quantization without the [tokens, codes] matrix."""
 
 from fastvq import reference
+from fastvq.backends.portable import portable
 from fastvq.functional import code_statistics, lookup, nearest_code, quantize
 from fastvq.learning.kmeans import KMeans, kmeans
 from fastvq.nn.ema_codebook import EMACodebook
@@ -19,6 +20,7 @@ __all__ = [
     "kmeans",
     "lookup",
     "nearest_code",
+    "portable",
     "quantize",
     "reference",
 ]

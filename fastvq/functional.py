@@ -8,11 +8,13 @@ from torch import Tensor
 
 from fastvq.backends.base import Backend
 from fastvq.backends.codebook_cache import CodebookCache
-from fastvq.backends.operators import backend_for, is_traced
+from fastvq.backends.operators import backend_for, is_jit_tracing, is_traced
+from fastvq.backends.portable import is_portable
 from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
+from fastvq.common.devices import float64_device
 from fastvq.common.token_sums import TokenSums
 from fastvq.reference import Quantized
-from fastvq.straight_through import StraightThrough, commitment_loss
+from fastvq.straight_through import StraightThrough, commitment_loss, straight_through
 
 # Float64 values in a block of distances (8 MiB).
 _BLOCK_VALUES = 1 << 20
@@ -90,19 +92,22 @@ def search_codes(
 
 def _distance(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
     """Squared distances, or similarities, of tokens and their codes, summed in float64 and rounded to float32."""
-    tokens = x.reshape(-1, x.shape[-1])
-    codes = _gather(indices, codebook).reshape(tokens.shape)
-    if torch.compiler.is_compiling():  # the compiler makes one loop of it, without temporaries
-        values = _pair_values(tokens, codes, metric)
+    home, precise = float64_device(x.device), torch.float64
+    if is_portable():  # other runtimes may lack float64
+        home, precise = x.device, torch.promote_types(x.dtype, torch.float32)
+    tokens = x.reshape(-1, x.shape[-1]).to(home)
+    codes = _gather(indices, codebook).reshape(tokens.shape).to(home)
+    if is_traced(x):  # the number of blocks would be recorded; a compiler makes one loop, without temporaries
+        values = _pair_values(tokens, codes, metric, precise)
     else:
         rows = max(1, _BLOCK_VALUES // x.shape[-1])
         blocks = zip(tokens.split(rows), codes.split(rows), strict=True)
-        values = torch.cat([_pair_values(*block, metric) for block in blocks])
-    return torch.where(indices < 0, torch.nan, values.view(indices.shape))
+        values = torch.cat([_pair_values(*block, metric, precise) for block in blocks])
+    return torch.where(indices < 0, torch.nan, values.view(indices.shape).to(x.device))
 
 
-def _pair_values(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
-    tokens, codes = tokens.double(), codes.double()
+def _pair_values(tokens: Tensor, codes: Tensor, metric: str, precise: torch.dtype) -> Tensor:
+    tokens, codes = tokens.to(precise), codes.to(precise)
     if metric == "euclidean":
         return (tokens - codes).square().sum(1).float()
     product = (tokens * codes).sum(1)
@@ -157,7 +162,8 @@ def code_statistics(
     flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
     counts, sums = backend_for(x, backend).statistics(flat, indices.reshape(-1), n_rows, deterministic)
     rounded = sums.all(torch.float32) if isinstance(sums, TokenSums) else sums.float()
-    return counts.float().view(*leading, n_codes), rounded.view(*leading, n_codes, x.shape[-1])
+    shape = *leading, n_codes
+    return counts.float().to(x.device).view(shape), rounded.to(x.device).view(*shape, x.shape[-1])
 
 
 def quantize(
@@ -200,7 +206,13 @@ def pass_through(
 ) -> tuple[Tensor, Tensor]:
     """``quantized`` and ``loss`` of :func:`quantize` for the ``indices`` found."""
     codes = _gather(indices, codebook.detach())
-    return StraightThrough.apply(x, codes, indices, mask), commitment_loss(x, codes, indices, commitment_weight)
+    loss = commitment_loss(x, codes, indices, commitment_weight)
+    if is_portable():
+        return straight_through(x, codes, indices, mask, passes_gradient=False), loss
+    if not is_traced(x):
+        return StraightThrough.apply(x, codes, indices, mask), loss
+    # `torch.jit.trace` compares with a second trace, made without gradients: the two must not differ.
+    return straight_through(x, codes, indices, mask, x.requires_grad or is_jit_tracing()), loss
 
 
 def lookup(indices: Tensor, codebook: Tensor) -> Tensor:

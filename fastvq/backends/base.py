@@ -22,8 +22,8 @@ class Backend(NamedTuple):
             ``codebook [..., K, D]``, with one or no leading dimension, equal to :func:`fastvq.reference.nearest_code`
             of each head. The cache, for one head, may be None.
         code_statistics: ``(x, indices, n_codes, deterministic)``; counts ``[K]`` int64 and sums ``[K, D]`` float64 of
-            ``x [N, D]`` by ``indices [N]``, where -1 is left out. ``deterministic`` as in
-            :func:`fastvq.code_statistics`.
+            ``x [N, D]`` by ``indices [N]``, where -1 is left out; on the CPU where the device of ``x`` has no float64.
+            ``deterministic`` as in :func:`fastvq.code_statistics`.
         ema_step: ``(step)``; moves the codes in place and returns those that stayed, bool ``[K]``, as
             :func:`fastvq.reference.ema_step`.
         late_sums: on a CPU, ``ema_step`` takes sums that are not added up yet.
