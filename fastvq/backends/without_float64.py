@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.backends.base import Backend
-from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.base import Backend, Cache
 from fastvq.common.ema_step import EMAStep
 
 
@@ -21,7 +20,7 @@ def on_cpu(backend: Backend) -> Backend:
     def prepare(codebook: Tensor, metric: str) -> Any:
         return backend.prepare(codebook.cpu(), metric)
 
-    def nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None) -> Tensor:
+    def nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: Cache | None) -> Tensor:
         return backend.nearest_code(x.cpu(), codebook.cpu(), metric, cache).to(x.device)
 
     def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:

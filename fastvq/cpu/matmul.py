@@ -42,6 +42,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _onednn_pays(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != torch.float32 or min(len(a), len(b)) < tuning.FEWEST_ROWS or len(a) * b.numel() < tuning.LEAST_WORK:
+    m, n = a.shape[0], b.shape[0]
+    if m * b.numel() < tuning.LEAST_WORK or min(m, n) < tuning.FEWEST_ROWS or a.dtype != torch.float32:
         return False
     return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")

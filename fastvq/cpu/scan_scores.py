@@ -78,7 +78,7 @@ def search(x: Tensor, codes: PlainCodes) -> Candidates:
 
     Finite tokens that may leave the range are crowded.
     """
-    n, n_codes = len(x), len(codes.rows)
+    n, n_codes = x.shape[0], codes.names.shape[0]
     if n * n_codes <= tuning.FEW_SCORES:
         return _search(x, codes)
     step = even_blocks(n, product_values(codes.rows.dtype) // n_codes)
@@ -95,9 +95,9 @@ def _search(x: Tensor, codes: PlainCodes) -> Candidates:
     scores = product(tokens, codes.rows, codes.bias)
     reaches = scores.ge_(scores.amax(1, keepdim=True).sub_(codes.margin.of(norms)))
     numbers = torch.mv(reaches, codes.names).sub_(ONE)
-    least, most = (float(number) for number in torch.aminmax(numbers))
+    least, most = torch.aminmax(numbers)
     indices = numbers.long()
-    if least >= 0 and most < ONE:
+    if float(least) >= 0 and float(most) < ONE:
         none = indices[:0]
         return Candidates(indices, none, none, none, codes.none)
     is_open = (numbers < 0) | (numbers >= ONE)  # negative where the threshold is NaN

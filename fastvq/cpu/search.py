@@ -83,9 +83,11 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean", prepare
     6 MiB from 4 to 64 dimensions, 12 with one, at most 32, half as much again in bfloat16), about 10 MiB for a block of
     tokens, and 1 to 4 MiB per thread.
     """
-    if len(x) == 0:
+    # The shape, because the length of a tensor takes as long as an operator of PyTorch.
+    n, dim = x.shape
+    if n == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
-    if x.shape[1] > bounds.MOST_COLUMNS:
+    if dim > bounds.MOST_COLUMNS:
         return reference.nearest_code(x, codebook, metric)
     _keep_freed_blocks()
     return _search(x, prepare_once(codebook, metric) if prepare_once else Prepared(codebook, metric, keeps=False))
@@ -103,8 +105,9 @@ def _keep_freed_blocks() -> None:
 
 def _search(x: Tensor, prepared: Prepared) -> Tensor:
     """:func:`nearest_code` of at least one token."""
-    n, codebook = len(x), prepared.codebook
-    is_few = len(codebook) <= tuning.FEW_CODES or n * len(codebook) <= tuning.FEW_SCORES
+    codebook = prepared.codebook
+    n, n_codes = x.shape[0], codebook.shape[0]
+    is_few = n_codes <= tuning.FEW_CODES or n * n_codes <= tuning.FEW_SCORES
     if not is_few or _bf16_pays(x, codebook, prepared) or not scan_scores.are_comparable(x, prepared.plain):
         return search_packed(x, prepared)
     found = scan_scores.search(x, prepared.plain)
@@ -152,7 +155,7 @@ def _codes_per_block(codes: Tensor, dtype: torch.dtype) -> int:
 
 
 def _bf16_pays(x: Tensor, codes: Tensor, prepared: Prepared) -> bool:
-    return prepared.dtype == torch.float32 and matmul.bf16_pays(len(x), codes)
+    return prepared.dtype == torch.float32 and matmul.bf16_pays(x.shape[0], codes)
 
 
 def _search_block(x: Tensor, codes: Tensor, prepared: Prepared, packed: PackedCodebook, threshold: Tensor) -> Tensor:
@@ -176,9 +179,9 @@ def _search_block(x: Tensor, codes: Tensor, prepared: Prepared, packed: PackedCo
 def _decided(found: Candidates, x: Tensor, codes: Tensor, prepared: Prepared, longest: float) -> Tensor:
     """Winners of tokens ``[N, D]`` among ``codes``, whose ``longest`` norm the scan had to reckon with."""
     indices = found.indices
-    if len(found.owners):
+    if found.owners.numel():
         decide(x, codes, found.owners, found.codes, prepared.metric, out=indices)
-    if len(found.crowded):
+    if found.crowded.numel():
         indices[found.crowded] = _search_again(x[found.crowded], codes, found.reached, prepared, longest)
     return indices
 
