@@ -114,6 +114,23 @@ def rescan_config(width: int, target: str | None = None) -> RescanConfig:
 
 
 @dataclass(frozen=True)
+class Float64Config:
+    """Tile sizes of the third scan."""
+
+    block_m: int = 64
+    block_n: int = 64
+    block_d: int = 16
+    num_warps: int = 8
+    num_stages: int = 2
+    programs: int = 2  # per SM
+
+
+def float64_config(target: str | None = None) -> Float64Config:
+    """The default of the third scan."""
+    return Float64Config()
+
+
+@dataclass(frozen=True)
 class TileConfig:
     """Tile sizes of a kernel whose rows, of tokens or codes, are split over their dimensions."""
 
