@@ -84,7 +84,7 @@ def pack_codes_kernel(
 
     USED: tl.constexpr = 3 * D if SPLIT else D
     b_finite = tl.full([BK], 1, tl.int32)
-    b_longest = tl.zeros([BK], tl.float32)
+    b_within = b_finite
     b_sq = tl.zeros([BK], tl.float32)
     b_res = tl.zeros([BK], tl.float32)
     b_res_fine = tl.zeros([BK], tl.float32)
@@ -96,7 +96,7 @@ def pack_codes_kernel(
         b_given = unit_or_given(p_e, 1.0, m_e, WIDE, False)
         b_finite = tl.minimum(b_finite, tl.min((tl.abs(b_given) < float("inf")).to(tl.int32), axis=1))
         b_e = load_code(p_e, b_inv, shift + i_h * D, o_c % D, m_c, m_e, b_scale, WIDE, UNIT)  # [BK, BD]
-        b_longest = tl.maximum(b_longest, tl.max(tl.abs(b_e), axis=1))
+        b_within = tl.minimum(b_within, tl.min((tl.abs(b_e) < float("inf")).to(tl.int32), axis=1))
         b_half = tl.where(tl.abs(b_e) < HALF_LIMIT, b_e, 0.0).to(tl.float16)
         b_r = b_e - b_half.to(tl.float32)
         b_low = tl.where(tl.abs(b_r) < HALF_LIMIT, b_r, 0.0).to(tl.float16)
@@ -127,7 +127,7 @@ def pack_codes_kernel(
     inside = can_win & (b_len < LONGEST) & (b_G < float("inf"))
     measured = inside
     if EUCLIDEAN:  # no token is so long that a longer code could win where one of this length cannot
-        too_long = can_win & (b_len >= LONGEST) & (b_longest < float("inf"))
+        too_long = can_win & (b_len >= LONGEST) & (b_within == 1)
         b_sq = tl.where(too_long, LONGEST * LONGEST * 0.5, b_sq)
         b_G = tl.where(too_long, LONGEST * (1.0 + LAMBDA), b_G)
         b_G_fine = tl.where(too_long, LONGEST * (1.0 + LAMBDA_FINE), b_G_fine)

@@ -28,13 +28,20 @@ def sharing(n, programs, steps, BM: tl.constexpr, SHARES: tl.constexpr):
 
 @triton.jit
 def load_float64(p_rows, p_shift, m_rows, o_d, D: tl.constexpr, SHIFT: tl.constexpr):
-    """Rows [B, BD], less m [BD] for euclidean distances, in float64."""
+    """Rows [B, BD], less m [BD] for euclidean distances, in float64; zeros where m_rows is False."""
     m_d = o_d < D
     b = tl.load(p_rows[:, None] + o_d[None, :], mask=m_rows[:, None] & m_d[None, :], other=0.0).to(tl.float64)
     if SHIFT:
         b_m = tl.load(p_shift + o_d, mask=m_d, other=0.0).to(tl.float64)
+        # Outside m_rows for the compiler's sake: it would move the conversion behind shared memory, to every warp.
         b = tl.where(m_rows[:, None], b - b_m[None, :], 0.0)
     return b
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two numbers. The library's maximum also minds NaN, at twice the price in float64."""
+    return tl.where(a > b, a, b)
 
 
 @triton.jit(do_not_specialize=["N", "K", "steps"])
@@ -42,7 +49,7 @@ def scan_float64_kernel(
     tokens, codes, shift, norms, half_sq, counts, crowded, upper, second, lower, winner,
     N, K, steps, rows,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SHARES: tl.constexpr,
-    METRIC: tl.constexpr, ERROR: tl.constexpr, TINY: tl.constexpr, STAGES: tl.constexpr,
+    METRIC: tl.constexpr, ERROR: tl.constexpr, TINY: tl.constexpr, LARGEST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Each program walks over shares of the codes for tiles of BM crowded tokens of one head, with the grid's stride.
 
@@ -66,54 +73,70 @@ def scan_float64_kernel(
             b_x = load_float64(p_x, p_shift, m_i, d + tl.arange(0, BD), D, SHIFT)  # [BM, BD]
             b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_x), axis=1))
             b_sq += tl.sum(b_x * b_x, axis=1)
-        b_fixed = tl.zeros([BM], tl.float64) + TINY
-        if SHIFT:
-            b_fixed += ERROR * b_sq
-        b_zero = b_largest == 0.0
         b_u1 = tl.full([BM], float("-inf"), tl.float64)
         b_u2 = b_u1
         b_low = b_u1
         b_k = tl.full([BM], -1, tl.int32)
+        longest = tl.zeros([], tl.float64)
+        lowest = tl.full([], 0, tl.int32) + K
         first = item % shares * length
         for t in range(first, tl.minimum(first + length, steps)):
             o_k = t * BN + o_n
             m_k = o_k < K
+            m_k &= tl.load(half_sq + i_h * K + o_k, mask=m_k, other=float("inf")) < float("inf")
             p_e = codes + (i_h * K + o_k) * D
             b_s = tl.zeros([BM, BN], tl.float64)
-            b_length = tl.zeros([BN], tl.float64)
-            b_h = tl.zeros([BN], tl.float64)
+            b_abs = tl.zeros([BN, BD], tl.float64)
+            b_sq_e = tl.zeros([BN, BD], tl.float64)
             for d in tl.range(0, D, BD, num_stages=STAGES):
                 o_d = d + tl.arange(0, BD)
                 b_x = load_float64(p_x, p_shift, m_i, o_d, D, SHIFT)  # [BM, BD]
                 b_e = load_float64(p_e, p_shift, m_k, o_d, D, SHIFT)  # [BN, BD]
                 b_s = tl.dot(b_x, b_e.T, b_s, input_precision="ieee", out_dtype=tl.float64)
-                b_length += tl.sum(tl.abs(b_e), axis=1)
+                b_abs += tl.abs(b_e)
                 if SHIFT:
-                    b_h += tl.sum(b_e * b_e, axis=1)
-            b_err = b_largest[:, None] * (ERROR * b_length)[None, :] + b_fixed[:, None]  # [BM, BN]
-            if SHIFT:
-                b_s -= 0.5 * b_h[None, :]
-                b_err += (ERROR * b_h)[None, :]
+                    b_sq_e += b_e * b_e
+            b_length = tl.sum(b_abs, axis=1)  # [BN]
+            b_half = 0.5 * tl.sum(b_sq_e, axis=1)
+            longest = tl.maximum(longest, tl.max(b_length, axis=0))
+            lowest = tl.minimum(lowest, tl.min(tl.where(m_k, o_k, K), axis=0))
+            b_err = ERROR * b_length
             if METRIC == "cosine":
                 b_norm = tl.load(norms + i_h * K + o_k, mask=m_k, other=1.0)
                 b_inv = tl.where(b_norm > 0.0, 1.0 / b_norm, 0.0)
-                b_s = b_s * b_inv[None, :]
-                b_err = b_err * b_inv[None, :] + TINY
-            if not SHIFT:  # a token of zeros is 0 with every code: the first wins
-                b_s = tl.where(b_zero[:, None], -o_k.to(tl.float64)[None, :], b_s)
-                b_err = tl.where(b_zero[:, None], 0.0, b_err)
-            m_e = tl.load(half_sq + i_h * K + o_k, mask=m_k, other=float("inf")) < float("inf")
-            # What overflowed, or is not a number, bounds nothing.
-            b_upper = tl.where(b_s + b_err < float("inf"), b_s + b_err, float("inf"))
-            b_upper = tl.where(m_e[None, :], b_upper, float("-inf"))
-            b_lower = tl.where(m_e[None, :] & (b_s - b_err > float("-inf")), b_s - b_err, float("-inf"))
-            b_top = tl.max(b_upper, axis=1)  # [BM]
+                b_s *= b_inv[None, :]
+                b_err *= b_inv
+            # -h_k and its error, and for a product what underflows before the division.
+            b_bias = tl.where(m_k, (2.0 * ERROR - 1.0) * b_half, float("-inf"))
+            b_bias_low = tl.where(m_k, (-2.0 * ERROR - 1.0) * b_half, float("-inf"))
+            if METRIC == "cosine":
+                b_bias += TINY * b_inv
+                b_bias_low -= TINY * b_inv
+            b_upper = b_s + b_largest[:, None] * b_err[None, :] + b_bias[None, :]  # [BM, BN]
+            b_lower = b_s - b_largest[:, None] * b_err[None, :] + b_bias_low[None, :]
+            b_top = tl.reduce(b_upper, 1, larger)  # [BM]
             b_n = tl.min(tl.where(b_upper == b_top[:, None], o_n[None, :], BN), axis=1)
-            b_rest = tl.max(tl.where(o_n[None, :] == b_n[:, None], float("-inf"), b_upper), axis=1)
-            b_u2 = tl.maximum(tl.maximum(b_u2, b_rest), tl.minimum(b_u1, b_top))
+            b_rest = tl.reduce(tl.where(o_n[None, :] == b_n[:, None], float("-inf"), b_upper), 1, larger)
+            b_u2 = larger(larger(b_u2, b_rest), tl.where(b_u1 < b_top, b_u1, b_top))
             b_k = tl.where(b_top > b_u1, t * BN + b_n, b_k)
-            b_u1 = tl.maximum(b_u1, b_top)
-            b_low = tl.maximum(b_low, tl.max(b_lower, axis=1))
+            b_u1 = larger(b_u1, b_top)
+            b_low = larger(b_low, tl.reduce(b_lower, 1, larger))
+        # The errors that all codes share.
+        b_both = tl.zeros([BM], tl.float64) + TINY
+        if SHIFT:
+            b_both += ERROR * b_sq
+        # Below this nothing has overflowed.
+        b_magnitude = tl.maximum(tl.maximum(b_largest, 1.0) * longest, b_sq)
+        proves = b_magnitude < LARGEST
+        b_u1 = tl.where(proves, b_u1 + b_both, float("inf"))
+        b_u2 = tl.where(proves, b_u2 + b_both, float("inf"))
+        b_low = tl.where(proves, b_low - b_both, float("-inf"))
+        if not SHIFT:  # a token of zeros is 0 with every code: the first wins
+            b_zero = b_largest == 0.0
+            b_k = tl.where(b_zero, tl.where(lowest < K, lowest, -1), b_k)
+            b_u1 = tl.where(b_zero, -lowest.to(tl.float64), b_u1)
+            b_u2 = tl.where(b_zero, float("-inf"), b_u2)
+            b_low = tl.where(b_zero, b_u1, b_low)
         o_out = i_h * rows + item * BM + tl.arange(0, BM)
         tl.store(upper + o_out, b_u1, mask=m_i)
         tl.store(second + o_out, b_u2, mask=m_i)
@@ -154,7 +177,7 @@ def scan_float64(x: Tensor, packed: PackedCodebook, crowded: Crowded) -> Float64
         upper, second, lower, winner,
         N, K, steps, rows,
         D=D, BM=config.block_m, BN=config.block_n, BD=config.block_d, SHARES=SHARES,
-        METRIC=packed.metric, ERROR=bounds.float64_error(D), TINY=bounds.TINY64, STAGES=config.num_stages,
+        METRIC=packed.metric, ERROR=bounds.float64_error(D), TINY=bounds.TINY64, LARGEST=1e300, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
     return Float64Bounds(upper, second, lower, winner, programs, steps, config)
