@@ -98,6 +98,7 @@ LONGEST, LONGEST_PRODUCT = 2.0**60, 2.0**25
 # log2 c at least: of euclidean distances, and of products.
 LOWEST_RATIO, LOWEST_RATIO_PRODUCT = -38, -80
 TINY64 = 2.0**-1050  # of at most 2^20 underflows of 2^-1074
+LARGEST64 = 1e300  # sums of magnitudes below it do not overflow
 MAX_CERTIFIED_D = 4096
 CHUNK = 64
 # Bounds are themselves computed in fp32: a few roundings of 2^-24 each, taken as one factor.

@@ -101,7 +101,7 @@ def log_slots(n_codes: int) -> int:
 
 
 def measure_rows(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hashes [H, K] (uint32), largest absolute values [H, K] fp32 and tables of first codes of dense codes [H, K, D]."""
+    """Hashes uint32 [H, K], largest absolute values fp32 [H, K] and tables of first codes of dense codes [H, K, D]."""
     H, K, D = codes.shape
     hashes = torch.empty(H, K, dtype=torch.uint32, device=codes.device)
     sizes = torch.empty(H, K, dtype=torch.float32, device=codes.device)

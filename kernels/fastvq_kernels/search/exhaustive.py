@@ -1,6 +1,5 @@
-"""The last word: tokens that the third scan proves, and a walk in the oracle's order for the others, which have ties."""
+"""The last word: tokens that the third scan proves, and for the others, which have ties, a walk in float64."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -53,7 +52,9 @@ def exhaustive_kernel(
                     m_k = o_k < last
                     m_k &= tl.load(half_sq + i_h * K + o_k, mask=m_k, other=float("inf")) < float("inf")
                     b_row = i_h * K + o_k
-                    b_value = exact_value(tokens + token * width, codes + b_row * width, norms + b_row, m_k, width, METRIC)
+                    b_value = exact_value(
+                        tokens + token * width, codes + b_row * width, norms + b_row, m_k, width, METRIC
+                    )
                     # A distance that overflows still loses to none but the codes that never win.
                     low = tl.min(tl.where(m_k, b_value, float("inf")), axis=0)
                     lowest = tl.min(tl.where(m_k & (b_value == low), o_k, NO_CODE), axis=0)

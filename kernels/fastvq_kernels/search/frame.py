@@ -16,11 +16,11 @@ from .powers import exp2_exact, power_of_two
 MOST_PARTS = 128
 # Codes among which the ordinary ones are found, one in so many of them at least: the others may be long.
 SAMPLE, ORDINARY = 256, 64
-# Of a shortest code that makes up to ten times the rest: what is longer neither moves the frame nor widens M.
-LONG = 3  # a power of two
+# Codes 2^LONG times as long as the shortest neither move the frame nor widen M.
+LONG = 3
 # fp16 spans 2^40: an ordinary code 2^-24 below the range keeps 12 bits of it, the others so much room above it.
 ROOM = 24
-# Twice the least M, beside the square of the limit of ordinary sizes: far from 0 the spread of codes is small beside it.
+# Twice the least M, beside the squared limit of ordinary sizes: far from 0 the spread of codes is small beside that.
 LEAST = 2.0**-36
 
 

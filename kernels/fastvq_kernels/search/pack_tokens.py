@@ -42,7 +42,7 @@ def pack_tokens_kernel(
     """One program packs one tile of BT tokens of one head.
 
     Writes x^ [BT, DP] (zeros beyond D and N; with SPLIT the columns are x1, x2, x1 of x = x1 + x2), X per token
-    (NaN: not finite; inf: outside the range, left to the exhaustive walk), and per tile the scale
+    (NaN: not finite; inf: outside the range, left to the third scan), and per tile the scale
     2^a and the weight w of the codes' slack.
     """
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)

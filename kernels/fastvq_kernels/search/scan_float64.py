@@ -38,12 +38,6 @@ def load_float64(p_rows, p_shift, m_rows, o_d, D: tl.constexpr, SHIFT: tl.conste
     return b
 
 
-@triton.jit
-def larger(a, b):
-    """The larger of two numbers. The library's maximum also minds NaN, at twice the price in float64."""
-    return tl.where(a > b, a, b)
-
-
 @triton.jit(do_not_specialize=["N", "K", "steps"])
 def scan_float64_kernel(
     tokens, codes, shift, norms, half_sq, counts, crowded, upper, second, lower, winner,
@@ -114,13 +108,13 @@ def scan_float64_kernel(
                 b_bias_low -= TINY * b_inv
             b_upper = b_s + b_largest[:, None] * b_err[None, :] + b_bias[None, :]  # [BM, BN]
             b_lower = b_s - b_largest[:, None] * b_err[None, :] + b_bias_low[None, :]
-            b_top = tl.reduce(b_upper, 1, larger)  # [BM]
+            b_top = tl.max(b_upper, axis=1)  # [BM]
             b_n = tl.min(tl.where(b_upper == b_top[:, None], o_n[None, :], BN), axis=1)
-            b_rest = tl.reduce(tl.where(o_n[None, :] == b_n[:, None], float("-inf"), b_upper), 1, larger)
-            b_u2 = larger(larger(b_u2, b_rest), tl.where(b_u1 < b_top, b_u1, b_top))
+            b_rest = tl.max(tl.where(o_n[None, :] == b_n[:, None], float("-inf"), b_upper), axis=1)
+            b_u2 = tl.maximum(tl.maximum(b_u2, b_rest), tl.minimum(b_u1, b_top))
             b_k = tl.where(b_top > b_u1, t * BN + b_n, b_k)
-            b_u1 = larger(b_u1, b_top)
-            b_low = larger(b_low, tl.reduce(b_lower, 1, larger))
+            b_u1 = tl.maximum(b_u1, b_top)
+            b_low = tl.maximum(b_low, tl.max(b_lower, axis=1))
         # The errors that all codes share.
         b_both = tl.zeros([BM], tl.float64) + TINY
         if SHIFT:
@@ -177,7 +171,7 @@ def scan_float64(x: Tensor, packed: PackedCodebook, crowded: Crowded) -> Float64
         upper, second, lower, winner,
         N, K, steps, rows,
         D=D, BM=config.block_m, BN=config.block_n, BD=config.block_d, SHARES=SHARES,
-        METRIC=packed.metric, ERROR=bounds.float64_error(D), TINY=bounds.TINY64, LARGEST=1e300, STAGES=config.num_stages,
-        num_warps=config.num_warps,
+        METRIC=packed.metric, ERROR=bounds.float64_error(D), TINY=bounds.TINY64, LARGEST=bounds.LARGEST64,
+        STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     return Float64Bounds(upper, second, lower, winner, programs, steps, config)
