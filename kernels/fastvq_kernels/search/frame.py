@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import column_chunk
-from ..launch import cdiv
+from ..launch import all_registers, cdiv
 from . import bounds
 from .powers import exp2_exact, power_of_two
 
@@ -181,7 +181,7 @@ def frame(codes: Tensor, inverse: Tensor, sizes: Tensor, metric: str) -> tuple[T
         codes, inverse, sizes, measured, K, parts,
         D=D, BK=block_k, BD=block_d,
         WIDE=codes.dtype == torch.float64, UNIT=metric == "cosine", EUCLIDEAN=metric == "euclidean",
-        SAMPLE=SAMPLE, ORDINARY=ORDINARY, LONG=LONG,
+        SAMPLE=SAMPLE, ORDINARY=ORDINARY, LONG=LONG, **all_registers(),
     )  # fmt: skip
     frame_kernel[(H,)](
         measured, shift, scale, offset, mean_sq, parts,

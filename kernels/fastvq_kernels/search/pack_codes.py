@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import CODE_TILE, SPLIT_D, ScanConfig, packed_width, scan_config
-from ..launch import cdiv, dense
+from ..launch import all_registers, cdiv, dense
 from . import bounds
 from .bounds import HALF_LIMIT, LARGEST, LEFT_OUT, ROUNDED
 from .equal_codes import log_slots, measure_rows, repeats
@@ -187,7 +187,7 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
         ORACLE=bounds.ORACLE * bounds.UP, UNIT_ERROR=bounds.UNIT if unit else 0.0, TINY=bounds.TINY, UP=bounds.UP,
         ERROR=bounds.bias_error(D, DP) if euclidean else 0.0,
         FINE_ERROR=bounds.fine_bias_error(D, DP, split) if euclidean else 0.0,
-        REFINEMENT=bounds.refinement(D, 32), LONGEST=bounds.longest(metric),
+        REFINEMENT=bounds.refinement(D, 32), LONGEST=bounds.longest(metric), **all_registers(),
     )  # fmt: skip
     return PackedCodebook(
         codes=codes, metric=metric, shift=shift, scale=scale, half=half, low=low, bias=bias, fine=fine,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import Float64Config, float64_config
-from ..launch import cdiv, multiprocessors
+from ..launch import all_registers, cdiv, multiprocessors
 from . import bounds
 from .decide import Crowded
 from .pack_codes import PackedCodebook
@@ -172,6 +172,6 @@ def scan_float64(x: Tensor, packed: PackedCodebook, crowded: Crowded) -> Float64
         N, K, steps, rows,
         D=D, BM=config.block_m, BN=config.block_n, BD=config.block_d, SHARES=SHARES,
         METRIC=packed.metric, ERROR=bounds.float64_error(D), TINY=bounds.TINY64, LARGEST=bounds.LARGEST64,
-        STAGES=config.num_stages, num_warps=config.num_warps,
+        STAGES=config.num_stages, num_warps=config.num_warps, **all_registers(),
     )  # fmt: skip
     return Float64Bounds(upper, second, lower, winner, programs, steps, config)
