@@ -18,7 +18,7 @@ from bench.harness.machine import facts, limit_memory
 from bench.harness.options import Options
 from bench.harness.run import Group, run
 from bench.harness.store import Store
-from bench.plans import accuracy, memory, models, roofline, scaling
+from bench.plans import accuracy, means, memory, models, roofline, scaling
 from bench.report import files as report
 
 PLANS: dict[str, Callable[[Options], Iterator[Group]]] = {
@@ -26,6 +26,7 @@ PLANS: dict[str, Callable[[Options], Iterator[Group]]] = {
     "train": models.train,
     "memory": memory.plan,
     "accuracy": accuracy.plan,
+    "means": means.plan,
     "scaling": scaling.plan,
 }
 
@@ -55,7 +56,9 @@ def _command(name: str, plans: Sequence[str], help_text: str, quickly: bool = Fa
 
 
 for _name, _plan in PLANS.items():
-    _command(_name, [_name], str(_plan.__doc__).partition(";")[0] + ".")
+    _command(
+        _name, ["accuracy", "means"] if _name == "accuracy" else [_name], str(_plan.__doc__).partition(";")[0] + "."
+    )
 _command("quick", list(PLANS), "Everything at few and small sizes; the set of `make bench`.", quickly=True)
 
 

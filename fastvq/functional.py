@@ -12,6 +12,7 @@ from fastvq.backends.operators import backend_for, is_jit_tracing, is_traced
 from fastvq.backends.portable import is_portable
 from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
 from fastvq.common.devices import float64_device
+from fastvq.common.token_sums import TokenSums
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss, straight_through
 
@@ -159,9 +160,9 @@ def code_statistics(
         first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
         indices = torch.where((indices < 0) | (indices >= n_codes), -1, indices + first)
     flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
-    found = backend_for(x, backend).code_statistics(flat, indices.reshape(-1), n_rows, deterministic)
-    counts, sums = (tensor.float().to(x.device) for tensor in found)
-    return counts.view(*leading, n_codes), sums.view(*leading, n_codes, x.shape[-1])
+    counts, sums = backend_for(x, backend).statistics(flat, indices.reshape(-1), n_rows, deterministic)
+    rounded = (sums.all(torch.float32) if isinstance(sums, TokenSums) else sums.float()).to(x.device)
+    return counts.to(x.device).float().view(*leading, n_codes), rounded.view(*leading, n_codes, x.shape[-1])
 
 
 def quantize(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from fastvq.common.distributed import all_reduce_sum, broadcast_from_rank_0
-from fastvq.common.ema_step import EMAStep, is_dead
+from fastvq.common.ema_step import EMAStep, is_dead, must_stay
 
 # One [tokens, codes] float64 tile and one temporary of the same size stay in a core's cache.
 _TOKENS_PER_TILE = 64
@@ -142,25 +142,31 @@ def add_up(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def ema_step(step: EMAStep) -> None:
-    """Move the codes in place by the formulas of :class:`fastvq.common.ema_step.EMAStep`."""
-    embeddings, N, z_avg, counts, sums, rows, found, decay, *_ = step
+def ema_step(step: EMAStep) -> Tensor:
+    """Move the codes in place by the formulas of :class:`fastvq.common.ema_step.EMAStep`.
+
+    Returns:
+        The codes that stayed because they would not be finite, bool ``[K]``.
+    """
+    embeddings, N, z_avg, counts, _, rows, found, decay, *_ = step
     moved = N.double() * decay + counts * (1 - decay)
-    N.copy_(moved)
     total = moved.sum()
-    weights = (moved + step.smoothing) / (total + len(N) * step.smoothing) * total
-    averages = z_avg.double() * decay + sums * (1 - decay)
-    z_avg.copy_(torch.where(total > 0, averages, z_avg))
-    embeddings.copy_(torch.where(total > 0, averages / weights[:, None], embeddings))
-    if rows is None:
-        return
-    dead = is_dead(moved, step.restart_thres, step.restart_thres_relative)
-    if found is not None:
-        dead = dead & found.reshape(())
-    embeddings.copy_(torch.where(dead[:, None], rows, embeddings))
-    if step.resets:
-        z_avg.copy_(torch.where(dead[:, None], rows, z_avg))
-        N.copy_(torch.where(dead, 1, N))
+    factors = 1 / ((moved + step.smoothing) / (total + len(N) * step.smoothing) * total)
+    averages = z_avg.double() * decay + step.all_sums() * (1 - decay)
+    stays = must_stay(averages, factors) & (total > 0)
+    moves = (total > 0) & ~stays[:, None]
+    z_avg.copy_(torch.where(moves, averages, z_avg))
+    embeddings.copy_(torch.where(moves, averages * factors[:, None], embeddings))
+    if rows is not None:
+        dead = is_dead(moved, step.restart_thres, step.restart_thres_relative) & ~stays
+        if found is not None:
+            dead = dead & found.reshape(())
+        embeddings.copy_(torch.where(dead[:, None], rows, embeddings))
+        if step.resets:
+            z_avg.copy_(torch.where(dead[:, None], rows, z_avg))
+            moved = torch.where(dead, 1, moved)
+    N.copy_(torch.where(stays, N, moved))
+    return stays
 
 
 def quantize(x: Tensor, codebook: Tensor, *, commitment_weight: float = 0.25, mask: Tensor | None = None) -> Quantized:

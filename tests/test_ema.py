@@ -127,7 +127,7 @@ def test_relative_threshold_does_not_depend_on_the_size_of_a_batch(step):
 
 
 def test_step_takes_no_memory_that_grows_with_the_codes():
-    state, statistics, rows = problem(1 << 16, 32)
+    state, statistics, rows = problem(1 << 16, 64)
     step = EMAStep(*state, *statistics, rows, None, DECAY, resets=True)
     assert peak_extra_memory(lambda: ema.ema_step(step), torch.device("cpu")) < state[0].nbytes / 2
 

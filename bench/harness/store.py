@@ -16,7 +16,7 @@ IDENTITY = (
     "benchmark", "name", "operation", "tokens", "codes", "dim", "dtype", "device", "offset", "axis", "contender",
 )  # fmt: skip
 # Each of these is one sweep; a file may have several under different names.
-_SWEEPS = ("memory", "accuracy", "scaling")
+_SWEEPS = ("memory", "accuracy", "means", "scaling")
 _HEAD_COLUMNS = ("device", "threads", "commit", "date")
 
 

@@ -16,9 +16,10 @@ _TITLES = {
     "train": "Training step: medians of warm calls in turns; the others' times divided by fastvq's",
     "memory": "Peak extra memory of one call",
     "accuracy": "Indices that differ from float64",
+    "means": "Error of the mean of a code's tokens, in units in the last place of float32",
     "scaling": "Time of a search over tokens, codes and dimensions",
 }
-_SWEEPS = {"memory": tables.memory, "accuracy": tables.accuracy, "scaling": tables.scaling}
+_SWEEPS = {"memory": tables.memory, "accuracy": tables.accuracy, "means": tables.means, "scaling": tables.scaling}
 _MARK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 _PICTURE = re.compile(r"\]\(([^):]+\.png)\)")
 

@@ -109,6 +109,19 @@ def accuracy(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     return Grid(title, remarks, headings, lines, left=2)
 
 
+def means(title: str, head: Head, rows: Sequence[Row]) -> Grid:
+    """One line per offset and contender: the error at every number of tokens."""
+    sizes = sorted(unique(rows, "tokens"))
+    measured, absent = _measured(rows, "error_ulp")
+    lines = []
+    for offset, label, name, here in _sections(measured, "offset"):
+        found = {row["tokens"]: _ulp(row["error_ulp"]) if "error_ulp" in row else row["status"] for row in here}
+        lines.append([f"{offset:g}" if label != "" else "", name, *(found.get(size, "") for size in sizes)])
+    remarks = [f"{_machine(head)}; tokens between offset and offset + 1; 0.5 is a true mean rounded once.", absent]
+    headings = ["offset", "contender", *(f"{size:,} tokens" for size in sizes)]
+    return Grid(title, remarks, headings, lines, left=2)
+
+
 def scaling(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     """One line per axis and contender: milliseconds at every size, and the fitted exponent."""
     width = max(len(unique(rows_where(rows, axis=axis), axis)) for axis in unique(rows, "axis"))
@@ -194,6 +207,10 @@ def _percent(share: float | None) -> str:
         return ""
     percent = 100 * share
     return "0" if percent == 0 else f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
+
+
+def _ulp(error: float) -> str:
+    return f"{error:,.0f}" if error >= 10 else f"{error:.2g}"
 
 
 def _mib(size: float) -> str:

@@ -61,7 +61,7 @@ def training(target: str, dim: int) -> list[Launch]:
     with recording(target) as found:
         for deterministic in (False, True):
             counts, sums = code_statistics(x, indices, CODES, deterministic)
-        ema_step(*state, counts, sums, sums, torch.tensor(True), 0.99, 1.0, None, True, 1e-7)
+        ema_step(*state, counts.double(), sums, sums.float(), torch.tensor(True), 0.99, 1.0, None, True, 1e-7)
     return found
 
 

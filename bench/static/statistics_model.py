@@ -2,7 +2,7 @@
 
 The measure is the time of reading the tokens once, at the rates of `refine_model.py`. Launches are counted beside it;
 latency and arithmetic are left out. Atomics read and write at the rate of L2 and queue at the most used code of Zipf's
-law, as the rule that chooses between the two forms assumes.
+law, as the rule that chooses between the two forms assumes. Sums and their additions are float64.
 """
 
 import math
@@ -44,7 +44,7 @@ def read_seconds(problem: Problem) -> float:
 def atomic_form(problem: Problem) -> Form:
     """The statistics by atomics."""
     tokens, codes = _sizes(problem)
-    sums, added = 4 * codes * problem.dim, 4 * tokens * problem.dim
+    sums, added = 8 * codes * problem.dim, 8 * tokens * problem.dim
     terms = {"tokens": read_seconds(problem) + 8 * tokens / operand_rate(8 * tokens), "sums": sums / operand_rate(sums)}
     adds = 2 * added / min(L2_RATE, operand_rate(sums))
     queue = tokens * hottest_share(codes) * HOT_ADD_SECONDS
@@ -60,9 +60,9 @@ def ordered_form(problem: Problem) -> Form:
     # Conversion, places, histogram; then one pass over keys and places per byte of a key.
     sort = tokens * ((8 + key) + 8 + key + key * 2 * (key + 8))
     row = SECTOR * triton.cdiv(problem.dim * problem.dtype.itemsize, SECTOR)  # gathered, so in whole sectors
-    sums = 4 * codes * problem.dim
+    sums = 8 * codes * problem.dim
     levels = max(2, 1 + int(math.log(max(tokens, 1), ORDERED.run)))
-    above = 2 * 4 * problem.dim * tokens / ORDERED.run
+    above = 2 * 8 * problem.dim * tokens / ORDERED.run
     # The upper halves of a binary search are shared; below, every code reads sectors of its own.
     starts = codes * (SECTOR * max(0, math.log2(max(tokens, 1) * key / SECTOR)) / 2 + 16 * levels)
     terms = {
@@ -76,9 +76,9 @@ def ordered_form(problem: Problem) -> Form:
 
 
 def average_seconds(problem: Problem) -> float:
-    """The moving averages: sums and averages in, averages and codes out."""
-    values = 4 * _sizes(problem)[1] * problem.dim
-    return 4 * values / operand_rate(values)
+    """The moving averages: sums and averages in, from L2 once more after the look for overflow; averages, codes out."""
+    values = _sizes(problem)[1] * problem.dim
+    return (8 + 3 * 4) * values / operand_rate(4 * values) + (8 + 4) * values / L2_RATE
 
 
 def statistics_rows() -> Iterator[dict[str, Any]]:

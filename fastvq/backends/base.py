@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.common.ema_step import EMAStep
+from fastvq.common.token_sums import TokenSums
 
 
 class Backend(NamedTuple):
@@ -23,7 +24,9 @@ class Backend(NamedTuple):
         code_statistics: ``(x, indices, n_codes, deterministic)``; counts ``[K]`` int64 and sums ``[K, D]`` float64 of
             ``x [N, D]`` by ``indices [N]``, where -1 is left out; on the CPU where the device of ``x`` has no float64.
             ``deterministic`` as in :func:`fastvq.code_statistics`.
-        ema_step: ``(step)``; moves the codes in place.
+        ema_step: ``(step)``; moves the codes in place and returns those that stayed, bool ``[K]``, as
+            :func:`fastvq.reference.ema_step`.
+        late_sums: on a CPU, ``ema_step`` takes sums that are not added up yet.
     """
 
     name: str
@@ -31,7 +34,17 @@ class Backend(NamedTuple):
     prepare: Callable[[Tensor, str], Any]
     nearest_code: Callable[[Tensor, Tensor, str, CodebookCache | None], Tensor]
     code_statistics: Callable[[Tensor, Tensor, int, bool | None], tuple[Tensor, Tensor]]
-    ema_step: Callable[[EMAStep], None]
+    ema_step: Callable[[EMAStep], Tensor]
+    late_sums: bool = False
+
+    def statistics(
+        self, x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None = None
+    ) -> tuple[Tensor, Tensor | TokenSums]:
+        """``code_statistics`` with sums as ``ema_step`` takes them."""
+        if self.late_sums and x.device.type == "cpu":
+            late = TokenSums(x, indices, n_codes)
+            return late.counts(), late
+        return self.code_statistics(x, indices, n_codes, deterministic)
 
 
 def runs_anywhere(device: torch.device) -> None:

@@ -90,8 +90,8 @@ def ema_step_op(
     resets: bool = False,
     smoothing: float = 1e-7,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The state ``(embeddings [K, D], N [K], z_avg [K, D])`` after a step of the moving averages.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The state ``(embeddings [K, D], N [K], z_avg [K, D])`` after a step of the moving averages, and who stayed.
 
     The operator writes none of its arguments: TorchInductor 2.13 moves what reads a tensor behind an operator that
     writes it, so that a training step would return the codes of the next one.
@@ -100,13 +100,16 @@ def ema_step_op(
     step = EMAStep(
         *moved, counts, sums, rows, found, decay, restart_thres, restart_thres_relative, resets, smoothing
     )  # fmt: skip
-    choose(embeddings.device, backend).ema_step(step)
-    return moved
+    stays = choose(embeddings.device, backend).ema_step(step)
+    return *moved, stays
 
 
 @ema_step_op.register_fake
-def _(embeddings: Tensor, N: Tensor, z_avg: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(embeddings), torch.empty_like(N), torch.empty_like(z_avg)
+def _(
+    embeddings: Tensor, N: Tensor, z_avg: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    moved = torch.empty_like(embeddings), torch.empty_like(N), torch.empty_like(z_avg)
+    return *moved, torch.empty_like(N, dtype=torch.bool)
 
 
 def _recorded(name: str) -> Backend:
@@ -118,9 +121,11 @@ def _recorded(name: str) -> Backend:
     def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
         return code_statistics_op(x, indices, n_codes, deterministic, name)
 
-    def ema_step(step: EMAStep) -> None:
-        for tensor, moved in zip(step[:3], ema_step_op(*step, backend=name), strict=True):
+    def ema_step(step: EMAStep) -> Tensor:
+        *state, stays = ema_step_op(*step, backend=name)
+        for tensor, moved in zip(step[:3], state, strict=True):
             tensor.copy_(moved)
+        return stays
 
     anywhere = BACKENDS["reference"]
     return Backend(name, anywhere.obstacle, anywhere.prepare, nearest_code, code_statistics, ema_step)

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from fastvq import reference
 from fastvq.backends.base import Backend, runs_anywhere
 from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.common.ema_step import EMAStep
 from fastvq.common.precision import full_precision
 from fastvq.cpu import ema, search, statistics
 
@@ -17,4 +19,8 @@ def _nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache
         return torch.stack([search.nearest_code(tokens, codes, metric) for tokens, codes in heads])
 
 
-TORCH = Backend("torch", runs_anywhere, search.prepare, _nearest_code, statistics.code_statistics, ema.ema_step)
+def _ema_step(step: EMAStep) -> Tensor:
+    return (ema if step.N.device.type == "cpu" else reference).ema_step(step)
+
+
+TORCH = Backend("torch", runs_anywhere, search.prepare, _nearest_code, statistics.code_statistics, _ema_step, True)

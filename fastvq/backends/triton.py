@@ -70,18 +70,18 @@ def _code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bo
         return code_statistics(x, indices, n_codes, deterministic)
 
 
-def _ema_step(step: EMAStep) -> None:
+def _ema_step(step: EMAStep) -> Tensor:
     from fastvq_kernels.update.ema import ema_step
 
     embeddings, N, z_avg = (tensor.contiguous() for tensor in step[:3])
-    dense = step._replace(embeddings=embeddings, N=N, z_avg=z_avg)
     with _on_device_of(embeddings):
-        ema_step(*dense)
-    for tensor, moved in zip(step[:3], dense[:3], strict=True):
+        stays = ema_step(embeddings, N, z_avg, step.counts, step.all_sums(), *step[5:])
+    for tensor, moved in zip(step[:3], (embeddings, N, z_avg), strict=True):
         if moved is not tensor:  # the state has gaps
             tensor.copy_(moved)
     # PyTorch does not see what a kernel writes; a codebook cache knows by this count that it is old.
     torch.autograd.graph.increment_version(step[:3])
+    return stays
 
 
 TRITON = Backend("triton", _obstacle, _prepare, _nearest_code, _code_statistics, _ema_step)

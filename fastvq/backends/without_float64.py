@@ -27,11 +27,12 @@ def on_cpu(backend: Backend) -> Backend:
     def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
         return backend.code_statistics(x.cpu(), indices.cpu(), n_codes, deterministic)
 
-    def ema_step(step: EMAStep) -> None:
+    def ema_step(step: EMAStep) -> Tensor:
         copies = EMAStep._make(value.cpu() if isinstance(value, Tensor) else value for value in step)
-        backend.ema_step(copies)
+        stayed = backend.ema_step(copies)
         with torch.no_grad():
             for tensor, moved in zip(step[:3], copies[:3], strict=True):
                 tensor.copy_(moved)
+        return stayed.to(step.N.device)
 
     return Backend(backend.name, backend.obstacle, prepare, nearest_code, code_statistics, ema_step)

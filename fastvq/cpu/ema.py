@@ -1,33 +1,44 @@
 """The moving averages of a codebook, block by block."""
 
 import torch
+from torch import Tensor
 
-from fastvq.common.ema_step import EMAStep, is_dead
+from fastvq.common.ema_step import EMAStep, is_dead, must_stay
+from fastvq.common.token_sums import TokenSums
 from fastvq.cpu import tuning
 
 
 @torch.no_grad()
-def ema_step(step: EMAStep) -> None:
-    """:func:`fastvq.reference.ema_step`, the same bits, without temporaries as large as the codebook."""
+def ema_step(step: EMAStep) -> Tensor:
+    """:func:`fastvq.reference.ema_step` on a CPU, the same bits, without temporaries as large as the codebook."""
     embeddings, N, z_avg, counts, sums, rows, found, decay, *_ = step
     moved = N.double().mul_(decay).add_(counts * (1 - decay))
-    N.copy_(moved)
-    total = moved.sum()
-    weights = (moved + step.smoothing).div_(total + len(N) * step.smoothing).mul_(total)
+    total = float(moved.sum())
+    stays = torch.zeros_like(N, dtype=torch.bool)
     size = max(1, tuning.EMA_VALUES // embeddings.shape[1])
-    blocks = [slice(first, first + size) for first in range(0, len(N), size)]
-    for block in blocks:
-        z, e = z_avg[block], embeddings[block]
-        average = z.double().mul_(decay).add_(sums[block] * (1 - decay))
-        z.copy_(torch.where(total > 0, average.float(), z))
-        e.copy_(torch.where(total > 0, average.div_(weights[block, None]).float(), e))
-    if rows is None:
-        return
-    dead = is_dead(moved, step.restart_thres, step.restart_thres_relative)
-    if found is not None:
-        dead = dead & found.reshape(())
-    for tensor in (embeddings, z_avg) if step.resets else (embeddings,):
-        for block in blocks:
-            tensor[block] = torch.where(dead[block, None], rows[block], tensor[block])
-    if step.resets:
-        N.copy_(torch.where(dead, 1, N))
+    if total > 0:
+        weights = (moved + step.smoothing).div_(total + len(N) * step.smoothing).mul_(total)
+        factors = weights.reciprocal_()
+        harmless = (1e38 / max(1.0, float(factors.amax()))) ** 2
+        for first in range(0, len(N), size):
+            block = slice(first, first + size)
+            z, e, factor = z_avg[block], embeddings[block], factors[block, None]
+            added = sums.of(block).mul_(1 - decay) if isinstance(sums, TokenSums) else sums[block] * (1 - decay)
+            average = z.double().mul_(decay).add_(added)
+            # A sum of squares is read six times as fast as the largest value.
+            if torch.dot(average.view(-1), average.view(-1)) < harmless:
+                z.copy_(average)
+                e.copy_(average.mul_(factor))
+            else:
+                stays[block] = must_stay(average, factors[block])
+                z.copy_(torch.where(stays[block, None], z, average))
+                e.copy_(torch.where(stays[block, None], e, average.mul_(factor)))
+    if rows is not None and (found is None or found):
+        dead = is_dead(moved, step.restart_thres, step.restart_thres_relative) & ~stays
+        for some in dead.nonzero()[:, 0].split(size):
+            for tensor in (embeddings, z_avg) if step.resets else (embeddings,):
+                tensor[some] = rows[some]
+        if step.resets:
+            moved.masked_fill_(dead, 1)
+    N.copy_(torch.where(stays, N, moved))
+    return stays

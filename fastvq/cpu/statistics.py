@@ -6,15 +6,17 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from fastvq.common.token_sums import TokenSums
 from fastvq.cpu import tuning
 
 
 @torch.no_grad()
 def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
     """Counts ``[K]`` int64 and sums ``[K, D]`` float64 of ``x [N, D]`` by ``indices [N]``; -1 is left out."""
-    # A CPU always adds in ascending order and needs no switch of the process.
-    needs_switch = bool(deterministic) and x.device.type != "cpu"
-    with _deterministic_algorithms() if needs_switch else nullcontext():
+    if x.device.type == "cpu":  # which always adds in ascending order
+        late = TokenSums(x, indices, n_codes)
+        return late.counts(), late.all()
+    with _deterministic_algorithms() if deterministic else nullcontext():
         return _scatter_add(x, indices, n_codes)
 
 
@@ -29,14 +31,11 @@ def _deterministic_algorithms() -> Iterator[None]:
 
 
 def _scatter_add(x: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
-    # A spare last row takes the tokens without a code, NaN included.
+    # A spare last row takes the tokens without a code, NaN included. bincount would wait for a GPU.
     rows = torch.where(indices < 0, n_codes, indices)
+    counts = torch.zeros(n_codes + 1, dtype=torch.int64, device=x.device).index_add_(0, rows, torch.ones_like(rows))
     sums = torch.zeros(n_codes + 1, x.shape[1], dtype=torch.float64, device=x.device)
     size = max(1, tuning.STATISTICS_VALUES // x.shape[1])
     for tokens, block in zip(x.split(size), rows.split(size), strict=True):
         sums.index_add_(0, block, tokens.double())
-    if x.device.type == "cpu":
-        return torch.bincount(rows, minlength=n_codes + 1)[:-1], sums[:-1]
-    # bincount would wait for a GPU.
-    counts = torch.zeros(n_codes + 1, dtype=torch.int64, device=x.device).index_add_(0, rows, torch.ones_like(rows))
     return counts[:-1], sums[:-1]

@@ -47,9 +47,9 @@ TOKENS_PER_BLOCK, TOKEN_VALUES = 8192, 1 << 21
 TOKENS_PER_PRODUCT = 512
 # Maxima over other numbers of tokens than multiples of this take twice as long.
 TOKENS_PER_MAXIMA = 32
-# Values at a time, in float64, of codes that are packed and of tokens that are added up (2 MiB), of moving averages
-# (512 KiB), of pairs that are decided (1 MiB).
-PACK_VALUES, STATISTICS_VALUES, EMA_VALUES, DECIDE_VALUES = 1 << 18, 1 << 18, 1 << 16, 1 << 17
+# Values at a time, in float64, of codes that are packed and of tokens that a GPU adds up (2 MiB), of moving averages
+# and of pairs that are decided (1 MiB).
+PACK_VALUES, STATISTICS_VALUES, EMA_VALUES, DECIDE_VALUES = 1 << 18, 1 << 18, 1 << 17, 1 << 17
 
 # Groups: (least K/D, codes per group). Where codes are long beside their number, refining the winning group costs more
 # than more groups do.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastvq.backends.base import Backend
-from fastvq.common.distributed import start_sums
+from fastvq.common.distributed import is_distributed, start_sums
+from fastvq.common.token_sums import TokenSums
 from fastvq.learning.restart import Draw, draw_tokens, merge, over_ranks
 
 
@@ -20,7 +21,7 @@ class Update(NamedTuple):
     """
 
     counts: Tensor
-    sums: Tensor
+    sums: Tensor | TokenSums
     rows: Tensor | None
     found: Tensor | None
 
@@ -32,28 +33,43 @@ class BatchStatistics(NamedTuple):
     """
 
     counts: Tensor
-    sums: Tensor
+    sums: Tensor | TokenSums
     draw: Draw | None
+
+    def added_up(self) -> BatchStatistics:
+        """The same without the tokens."""
+        return self._replace(sums=_add_up(self.sums))
 
     def plus(self, other: BatchStatistics) -> BatchStatistics:
         """The statistics of both together."""
         draw = merge(self.draw, other.draw) if self.draw and other.draw else other.draw
-        return BatchStatistics(self.counts + other.counts, self.sums + other.sums, draw)
+        return BatchStatistics(self.counts + other.counts, _add_up(self.sums) + _add_up(other.sums), draw)
 
     def start_update(self, sync: bool) -> Callable[[], Update]:
         """Start the sum over all ranks; the result waits for it."""
-        finish = start_sums((self.counts, self.sums), sync)
+        wait = start_sums((self.counts, _add_up(self.sums)), sync) if is_distributed(sync) else None
 
         def update() -> Update:
-            return Update(*finish(), *(over_ranks(self.draw, sync) if self.draw else (None, None)))
+            counts, sums = wait() if wait else (self.counts, self.sums)
+            return Update(counts, sums, *(over_ranks(self.draw, sync) if self.draw else (None, None)))
 
         return update
+
+
+def _add_up(sums: Tensor | TokenSums) -> Tensor:
+    return sums.all() if isinstance(sums, TokenSums) else sums
 
 
 @torch.no_grad()
 def collect(tokens: Tensor, indices: Tensor, n_codes: int, restarts: bool, backend: Backend) -> BatchStatistics:
     """Statistics of ``tokens [..., D]`` by ``indices [...]``, -1 left out, with a draw where codes restart."""
     tokens, indices = tokens.detach().reshape(-1, tokens.shape[-1]), indices.reshape(-1)
-    counts, sums = backend.code_statistics(tokens, indices, n_codes, None)
-    draw = draw_tokens(tokens.float(), indices >= 0, n_codes) if restarts else None
-    return BatchStatistics(counts.double(), sums, draw)
+    counts, sums = backend.statistics(tokens, indices, n_codes)
+    return BatchStatistics(counts.double(), sums, _draw(tokens, indices >= 0, n_codes) if restarts else None)
+
+
+def _draw(tokens: Tensor, real: Tensor, n_codes: int) -> Draw:
+    rows = tokens.float()
+    if tokens.dtype == torch.float64:  # finite, but perhaps not in float32
+        real = real & rows.isfinite().all(1)
+    return draw_tokens(rows, real, n_codes)

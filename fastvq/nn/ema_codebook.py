@@ -23,6 +23,7 @@ from fastvq.learning.batch_statistics import BatchStatistics, Update, collect
 from fastvq.learning.batches import Batches, TokenBatches, flatten
 from fastvq.learning.kmeans import cluster
 from fastvq.nn.layout import as_given, tokens_last
+from fastvq.nn.overflow import Overflow
 from fastvq.nn.state import CodebookState
 from fastvq.reference import Quantized
 
@@ -39,6 +40,9 @@ class EMACodebook(CodebookState):
         z_k   ← γ z_k + (1 - γ) s_k
         E_k   ← z_k / w_k,   w_k = (N_k + ε) / (ΣN + K ε) · ΣN,   ε = 1e-7
         E_k   ← a random token where N_k < restart_thres,  if random restart is on
+
+    Sums and averages are computed in float64 and rounded to float32 once a step. A code that tokens beyond float32's
+    range would make infinite keeps its place for the step, and a warning names it, once.
 
     The forward returns the codes before the update. Sources: van den Oord et al. 2017 (arXiv 1711.00937, appendix
     A.1); ESM3 ``esm/layers/codebook.py``; VideoGPT ``videogpt/vqvae.py``.
@@ -133,6 +137,7 @@ class EMACodebook(CodebookState):
         self.freeze_codebook = False
         self._accumulates = False
         self._pending: BatchStatistics | None = None
+        self._overflow = Overflow(n_codes, self.N.device)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize ``z``; in training also update the codebook.
@@ -246,7 +251,7 @@ class EMACodebook(CodebookState):
         statistics = collect(tokens, indices, self.n_codes, not self.no_random_restart, backend)
         if self._pending is not None:
             statistics = self._pending.plus(statistics)
-        self._pending = statistics if self._accumulates else None
+        self._pending = statistics.added_up() if self._accumulates else None
         return None if self._accumulates else statistics.start_update(self.sync)
 
     @torch.no_grad()
@@ -254,7 +259,7 @@ class EMACodebook(CodebookState):
         before = self.embeddings.clone() if self.metric == "cosine" else None
         rule = self.restart_thres, self.restart_threshold_relative, self.restart_resets_statistics
         step = EMAStep(self.embeddings, self.N, self.z_avg, *update, self.ema_decay, *rule)
-        backend.ema_step(step)
+        self._overflow.record(backend.ema_step(step))
         if before is not None:
             self.embeddings.copy_(torch.where(self.N.sum() > 0, directions_or(self.embeddings, before), before))
 
@@ -265,7 +270,17 @@ class EMACodebook(CodebookState):
         del defaults["device"]
         state.pop("_kept", None)  # the codebook cache of earlier versions
         later = {"_accumulates": False, "_pending": None, "_codebook_cache": CodebookCache()}
-        super().__setstate__({**defaults, **later, **state})
+        super().__setstate__({**defaults, **later, "_overflow": Overflow(state["n_codes"]), **state})
+
+    def train(self, mode: bool = True) -> EMACodebook:
+        """Switches the mode as in any module; the end of training names the codes that large tokens left alone."""
+        if not mode:
+            self._overflow.tell()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._overflow.tell()
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -273,4 +288,6 @@ class EMACodebook(CodebookState):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
         self._pending = None  # statistics that were being collected do not move
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._overflow = Overflow(self.n_codes, self.N.device)
+        return self

@@ -23,7 +23,7 @@ from bench.harness.outcome import failure
 from bench.harness.problems import MODELS, NAMED, Problem, for_cpu, make_inputs, parse_problems, plain
 from bench.harness.store import Store
 from bench.harness.timed import time_together, wanted
-from bench.plans import accuracy, memory, roofline, scaling
+from bench.plans import accuracy, means, memory, roofline, scaling
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -170,6 +170,17 @@ def test_half_precision_products_lose_the_index_where_fastvq_does_not():
     float32 = replace(problem, dtype=torch.float32)
     (row,) = accuracy.judge(wanted("accuracy", float32, options(), ["half product"], offset=3.0), float32, 3.0, CPU)
     assert row["status"] == "does not apply"
+
+
+def test_the_error_of_a_mean_is_told_in_units_in_the_last_place():
+    rows = wanted("means", Problem("means", 20_000, 1, 2), options(), list(means.MEANS), offset=1e6)
+    found = {row["contender"]: row for row in means.judge(rows, CPU)}
+    assert all(found[name]["error_ulp"] <= 1 for name in found if name.startswith("fastvq"))
+    assert found["float32 sums"]["error_ulp"] > 5
+    assert {row["status"] for row in found.values()} == {"ok"}
+    asked = [row for group in means.plan(options(quick=False)) for row in group.wanted]
+    assert {row["offset"] for row in asked} == {0, 1e2, 1e4, 1e6}
+    assert {row["tokens"] for row in asked} == {10**3, 10**4, 10**5, 10**6, 10**7}
 
 
 def test_accuracy_is_asked_for_every_dtype_and_offset():

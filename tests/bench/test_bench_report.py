@@ -47,6 +47,8 @@ def store(tmp_path):
         rows += [row(benchmark, name, **timed(name, 1e-3 * (i + 1)), **wrong) for benchmark in ("search", "train")]
         for offset in (0.0, 3.0):
             rows.append(row("accuracy", name, offset=offset, **wrong))
+            error = {} if name == "broken" else {"error_ulp": 0.5 + 1000 * i}
+            rows.append(row("means", name, offset=offset, **error))
         for codes in (256, 1024):
             for operation in ("search", "train"):
                 extra = {} if name == "broken" else {"extra_bytes": 2**20 * (i + codes / 256)}
@@ -94,7 +96,14 @@ def test_tables_pictures_and_csv_are_written_for_every_benchmark(store, tmp_path
     for name in ("throughput", "roofline", "memory", "accuracy"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     tables = (out / "tables.md").read_text()
-    for heading in ("Nearest code", "Training step", "Peak extra memory", "differ from float64", "Time of a search"):
+    for heading in (
+        "Nearest code",
+        "Training step",
+        "Peak extra memory",
+        "differ from float64",
+        "Error of the mean",
+        "Time of a search",
+    ):
         assert heading in tables
         assert heading in said
     assert "2.00 (25 % wrong)" not in tables  # the second is right, the third is three times slower

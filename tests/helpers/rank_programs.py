@@ -75,6 +75,18 @@ def accumulated(rank):
     return [copy_of(module.state_dict())]
 
 
+def far_tokens(rank):
+    return torch.randn(5000 + rank, DIM, generator=torch.Generator().manual_seed(rank)) + 1e6
+
+
+def far_from_zero(rank):
+    """A step without memory of earlier ones."""
+    module = fastvq.EMACodebook(1, DIM, ema_decay=0.0)
+    module.load_state_dict({"embeddings": torch.zeros(1, DIM), "N": torch.ones(1), "z_avg": torch.zeros(1, DIM)})
+    module(far_tokens(rank))
+    return [copy_of(module.state_dict())]
+
+
 def local(rank):
     return [copy_of(steps(trained_codebook(sync=False), rank, 5)[-1])]
 

@@ -130,6 +130,8 @@ def checked_memory() -> Iterator[list[str]]:
 def _filled(make):
     def filled(*args, **kwargs):
         tensor = make(*args, **kwargs)
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 3)
 
     return filled

@@ -102,8 +102,8 @@ def record(families):
                 code_statistics(tokens, indices, n_codes, False)
                 _, sums = code_statistics(tokens, indices, n_codes, True)
                 state = torch.zeros(n_codes, dim), torch.zeros(n_codes), torch.zeros(n_codes, dim)
-                counts, moved = torch.zeros(n_codes, 1 + dim).split([1, dim], 1)
-                ema_step(*state, counts[:, 0], moved, sums, torch.tensor(True), 0.99, 1.0, None, False, 1e-7)
+                counts, moved = torch.zeros(n_codes, 1 + dim, dtype=torch.float64).split([1, dim], 1)
+                ema_step(*state, counts[:, 0], moved, sums.float(), torch.tensor(True), 0.99, 1.0, None, False, 1e-7)
             launched[name] = [[each.name, f"{vars(each.source)} {each.options}"] for each in found]
         yield launched
 

@@ -1,5 +1,6 @@
 """Real processes over gloo: one codebook, bit for bit, and the one that a single process would have learned."""
 
+import math
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import rank_programs
 import torch
 from checkout import environment
-from rank_programs import CODES, STEPS, batch, batches_of_model, encoder, fit, trained_codebook
+from rank_programs import CODES, STEPS, batch, batches_of_model, encoder, far_tokens, fit, trained_codebook
 
 from fastvq import reference
 
@@ -18,6 +19,7 @@ PAIR = (
     "loaded_by_rank_0",
     "clustered",
     "accumulated",
+    "far_from_zero",
     "compiled",
     "compiled_data_parallel",
     "local",
@@ -169,6 +171,13 @@ def test_ranks_may_accumulate_different_numbers_of_batches(two):
     module = trained_codebook()
     module(torch.cat(tokens))
     assert_close(two["accumulated"][0][0], module.state_dict())
+
+
+def test_means_of_all_ranks_are_rounded_once(two):
+    columns = torch.cat([far_tokens(0), far_tokens(1)]).t().tolist()
+    exact = torch.tensor([math.fsum(column) / len(column) for column in columns], dtype=torch.float64)
+    codes = two["far_from_zero"][0][0]["embeddings"][0].double()
+    assert ((codes - exact).abs() <= (2.0**-24 + 2.0**-40) * exact).all()
 
 
 def test_without_sync_every_process_has_its_own(two):

@@ -34,7 +34,8 @@ def test_the_check_notices_a_wait():
 def as_on_a_gpu(monkeypatch):
     """No function looks at values, as on a GPU."""
     monkeypatch.setattr("fastvq.functional._check_range", lambda indices, n_codes: None)
-    monkeypatch.setattr("fastvq.learning.restart.may_read", lambda tensor: False)
+    for module in ("learning.restart", "nn.overflow"):
+        monkeypatch.setattr(f"fastvq.{module}.may_read", lambda tensor: False)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
