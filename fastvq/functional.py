@@ -6,10 +6,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastvq.backends.base import Backend
-from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.base import Backend, Cache
 from fastvq.backends.operators import backend_for, is_jit_tracing, is_traced
 from fastvq.backends.portable import is_portable
+from fastvq.backends.prepared import PreparedCodebook
 from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
 from fastvq.common.devices import float64_device
 from fastvq.common.token_sums import TokenSums
@@ -23,7 +23,7 @@ _BLOCK_VALUES = 1 << 20
 @overload
 def nearest_code(
     x: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | PreparedCodebook,
     *,
     metric: str = ...,
     return_distance: Literal[False] = ...,
@@ -33,7 +33,7 @@ def nearest_code(
 @overload
 def nearest_code(
     x: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | PreparedCodebook,
     *,
     metric: str = ...,
     return_distance: Literal[True],
@@ -42,7 +42,7 @@ def nearest_code(
 ) -> tuple[Tensor, Tensor]: ...
 def nearest_code(
     x: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | PreparedCodebook,
     *,
     metric: str = "euclidean",
     return_distance: bool = False,
@@ -57,7 +57,7 @@ def nearest_code(
 
     Args:
         x: tokens ``[..., D]``, floating; or ``[H, ..., D]`` with one codebook per head.
-        codebook: codes ``[K, D]`` or ``[H, K, D]``, floating, K ≥ 1.
+        codebook: codes ``[K, D]`` or ``[H, K, D]``, floating, K ≥ 1, perhaps prepared (:func:`fastvq.prepare`).
         metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
         return_distance: also return the squared distances (the similarities for the other two metrics).
         mask: bool ``[...]``, True for a real token. Default: all.
@@ -71,16 +71,21 @@ def nearest_code(
         TypeError: an argument is not a floating tensor, or ``mask`` is not boolean.
         ValueError: shapes or devices do not match, ``metric`` or ``backend`` is unknown, or the backend cannot run.
     """
-    check_search(x, codebook, metric)
+    codes, cache = _codes_of(codebook)
+    check_search(x, codes, metric)
     check_mask(mask, x)
-    indices = search_codes(x, codebook, metric, mask, backend_for(x, backend))
+    indices = search_codes(x, codes, metric, mask, backend_for(x, backend), cache)
     if not return_distance:
         return indices
-    return indices, _distance(x.detach(), codebook.detach(), indices, metric)
+    return indices, _distance(x.detach(), codes.detach(), indices, metric)
+
+
+def _codes_of(codebook: Tensor | PreparedCodebook) -> tuple[Tensor, PreparedCodebook | None]:
+    return (codebook.codes, codebook) if isinstance(codebook, PreparedCodebook) else (codebook, None)
 
 
 def search_codes(
-    x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: Backend, cache: CodebookCache | None = None
+    x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: Backend, cache: Cache | None = None
 ) -> Tensor:
     """:func:`nearest_code` of checked arguments; ``cache`` keeps the packed codebook ``[K, D]``."""
     tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
@@ -161,13 +166,14 @@ def code_statistics(
         indices = torch.where((indices < 0) | (indices >= n_codes), -1, indices + first)
     flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
     counts, sums = backend_for(x, backend).statistics(flat, indices.reshape(-1), n_rows, deterministic)
-    rounded = (sums.all(torch.float32) if isinstance(sums, TokenSums) else sums.float()).to(x.device)
-    return counts.to(x.device).float().view(*leading, n_codes), rounded.view(*leading, n_codes, x.shape[-1])
+    rounded = sums.all(torch.float32) if isinstance(sums, TokenSums) else sums.float()
+    shape = *leading, n_codes
+    return counts.float().to(x.device).view(shape), rounded.to(x.device).view(*shape, x.shape[-1])
 
 
 def quantize(
     x: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | PreparedCodebook,
     *,
     commitment_weight: float = 0.25,
     mask: Tensor | None = None,
@@ -193,10 +199,11 @@ def quantize(
     Raises:
         TypeError, ValueError: as :func:`nearest_code`.
     """
-    check_search(x, codebook, "euclidean")
+    codes, cache = _codes_of(codebook)
+    check_search(x, codes, "euclidean")
     check_mask(mask, x)
-    indices = search_codes(x, codebook, "euclidean", mask, backend_for(x, backend))
-    quantized, loss = pass_through(x, codebook, indices, mask, commitment_weight)
+    indices = search_codes(x, codes, "euclidean", mask, backend_for(x, backend), cache)
+    quantized, loss = pass_through(x, codes, indices, mask, commitment_weight)
     return Quantized(quantized, indices, loss)
 
 
@@ -214,7 +221,7 @@ def pass_through(
     return straight_through(x, codes, indices, mask, x.requires_grad or is_jit_tracing()), loss
 
 
-def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
+def lookup(indices: Tensor, codebook: Tensor | PreparedCodebook) -> Tensor:
     """The codes of given indices: ``codebook[indices]``, and a zero row for -1. Differentiable in ``codebook``.
 
     Args:
@@ -228,6 +235,7 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
         TypeError: ``indices`` is not int64 or int32, or ``codebook`` not floating.
         ValueError: shapes or devices do not match, or ``indices`` on the CPU leave their range.
     """
+    codebook, _ = _codes_of(codebook)
     check_lookup(indices, codebook)
     _check_range(indices, codebook.shape[-2])
     return torch.where(indices[..., None] < 0, 0, _gather(indices, codebook))

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastvq.backends.base import Backend
+from fastvq.backends.base import Backend, Cache
 from fastvq.backends.choose import BACKENDS, check_backend, choose
-from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.backends.portable import PORTABLE, is_portable
 from fastvq.common.devices import float64_device
 from fastvq.common.ema_step import EMAStep
@@ -115,7 +114,7 @@ def _(
 def _recorded(name: str) -> Backend:
     """The operators as a backend: they choose when the recording runs, perhaps on another device than now."""
 
-    def nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None) -> Tensor:
+    def nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: Cache | None) -> Tensor:
         return nearest_code_op(x, codebook, metric, name)
 
     def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fastvq.backends.base import Backend, runs_anywhere
-from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.base import Backend, Cache, runs_anywhere
 from fastvq.common.directions import directions
 
 
@@ -59,7 +58,7 @@ def _prepare(codebook: Tensor, metric: str) -> Tensor:
     return codebook
 
 
-def _nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None) -> Tensor:
+def _nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: Cache | None) -> Tensor:
     precise = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     tokens, codes = x.to(precise), codebook.to(precise)
     usable = _is_finite(codes)
