@@ -1,16 +1,20 @@
 """A backend for tensors of a device that has no float64: the CPU does its work."""
 
-from functools import cache
+from functools import cache as once
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from fastvq.backends.base import Backend, Cache
+from fastvq.backends.prepared import PreparedCodebook
 from fastvq.common.ema_step import EMAStep
 
+_copies: WeakKeyDictionary[PreparedCodebook, PreparedCodebook] = WeakKeyDictionary()
 
-@cache
+
+@once
 def on_cpu(backend: Backend) -> Backend:
     """``backend`` on copies of its arguments; indices go back to the device of the tokens, and so does the state.
 
@@ -21,6 +25,9 @@ def on_cpu(backend: Backend) -> Backend:
         return backend.prepare(codebook.cpu(), metric)
 
     def nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: Cache | None) -> Tensor:
+        if isinstance(cache, PreparedCodebook):  # which knows its codes by their memory
+            cache = _copy_of(cache)
+            codebook = cache.codes
         return backend.nearest_code(x.cpu(), codebook.cpu(), metric, cache).to(x.device)
 
     def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:
@@ -35,3 +42,10 @@ def on_cpu(backend: Backend) -> Backend:
         return stayed.to(step.N.device)
 
     return Backend(backend.name, backend.obstacle, prepare, nearest_code, code_statistics, ema_step)
+
+
+def _copy_of(prepared: PreparedCodebook) -> PreparedCodebook:
+    copy = _copies.get(prepared)
+    if copy is None:
+        copy = _copies[prepared] = PreparedCodebook(prepared.codes.cpu())
+    return copy

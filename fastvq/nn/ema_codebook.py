@@ -41,6 +41,9 @@ class EMACodebook(CodebookState):
         E_k   ← z_k / w_k,   w_k = (N_k + ε) / (ΣN + K ε) · ΣN,   ε = 1e-7
         E_k   ← a random token where N_k < restart_thres,  if random restart is on
 
+    Sums and averages are computed in float64 and rounded to float32 once a step. A code that tokens beyond float32's
+    range would make infinite keeps its place for the step, and a warning names it, once.
+
     The forward returns the codes before the update. Sources: van den Oord et al. 2017 (arXiv 1711.00937, appendix
     A.1); ESM3 ``esm/layers/codebook.py``; VideoGPT ``videogpt/vqvae.py``.
 

@@ -98,6 +98,17 @@ def searches():
         same(fastvq.nearest_code, torch.randn(50, 8), torch.randn(70, 8), backend=backend)
 
 
+def prepared_codebooks():
+    import fastvq
+
+    def search(x, codes):
+        prepared = fastvq.prepare(codes)
+        return [fastvq.nearest_code(x, prepared, metric=metric) for metric in ("euclidean", "dot") * 2]
+
+    same(search, torch.randn(60, 8), torch.randn(300, 8))
+    same(search, torch.randn(3, 60, 8), torch.randn(3, 300, 8))
+
+
 def quantized_tokens():
     import fastvq
 
@@ -168,7 +179,16 @@ def draws_over_ranks():
     same(drawn, torch.randn(30, 4))
 
 
-PROGRAMS = (searches, quantized_tokens, statistics, training, initialisation, clusters, draws_over_ranks)
+PROGRAMS = (
+    searches,
+    prepared_codebooks,
+    quantized_tokens,
+    statistics,
+    training,
+    initialisation,
+    clusters,
+    draws_over_ranks,
+)
 
 
 def pretend():
