@@ -18,7 +18,7 @@ from bench.harness.machine import facts, limit_memory
 from bench.harness.options import Options
 from bench.harness.run import Group, run
 from bench.harness.store import Store
-from bench.plans import accuracy, means, memory, models, roofline, scaling, worst
+from bench.plans import accuracy, kmeans, means, memory, models, roofline, scaling, worst
 from bench.report import files as report
 
 PLANS: dict[str, Callable[[Options], Iterator[Group]]] = {
@@ -29,6 +29,7 @@ PLANS: dict[str, Callable[[Options], Iterator[Group]]] = {
     "accuracy": accuracy.plan,
     "means": means.plan,
     "scaling": scaling.plan,
+    "kmeans": kmeans.plan,
 }
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -12,6 +12,7 @@ from fastvq.backends.portable import is_portable
 from fastvq.backends.prepared import PreparedCodebook
 from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
 from fastvq.common.devices import float64_device
+from fastvq.common.precision import widened
 from fastvq.common.token_sums import TokenSums
 from fastvq.reference import Quantized
 from fastvq.straight_through import StraightThrough, commitment_loss, straight_through
@@ -88,10 +89,10 @@ def search_codes(
     x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: Backend, cache: Cache | None = None
 ) -> Tensor:
     """:func:`nearest_code` of checked arguments; ``cache`` keeps the packed codebook ``[K, D]``."""
-    tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
+    tokens = widened(x.detach()).reshape(*codebook.shape[:-2], -1, x.shape[-1])
     # A cache knows a codebook by its tensor, so a codebook that needs no gradient stays the same tensor.
     codes = codebook.detach() if codebook.requires_grad else codebook
-    indices = backend.nearest_code(tokens, codes, metric, cache).view(x.shape[:-1])
+    indices = backend.nearest_code(tokens, widened(codes), metric, cache).view(x.shape[:-1])
     return indices if mask is None else torch.where(mask, indices, -1)
 
 
@@ -136,8 +137,8 @@ def code_statistics(
 
     Args:
         x: tokens ``[..., D]``, floating.
-        indices: int64 ``[...]``, each in ``[-1, n_codes)``; -1 is left out. A GPU, where a look at the values would
-            wait for the device, leaves out every index outside the range.
+        indices: int64 or int32 ``[...]``, each in ``[-1, n_codes)``; -1 is left out. A GPU, where a look at the values
+            would wait for the device, leaves out every index outside the range.
         n_codes: K ≥ 1.
         mask: bool ``[...]``, False is left out. Default: all tokens count.
         heads: ``x [H, ..., D]`` and ``indices [H, ...]`` belong to one codebook of K codes per head.
@@ -151,12 +152,13 @@ def code_statistics(
         ``2^-24 |sum| + n 2^-53 Σ|x|``, whatever their offset, for float64 tokens too. A sum beyond 3.4e38 is infinite.
 
     Raises:
-        TypeError: ``x`` is not floating, ``indices`` not int64, ``mask`` not boolean.
+        TypeError: ``x`` is not floating, ``indices`` neither int64 nor int32, ``mask`` not boolean.
         ValueError: shapes or devices do not match, ``n_codes`` is not positive, ``indices`` leave their range on the
             CPU, or the backend cannot run.
     """
     check_statistics(x, indices, n_codes, heads)
     check_mask(mask, x)
+    indices = indices.long()
     if mask is not None:
         indices = torch.where(mask, indices, -1)
     _check_range(indices, n_codes)
@@ -164,7 +166,7 @@ def code_statistics(
     if heads:
         first = n_codes * torch.arange(len(x), device=x.device).view(-1, *[1] * (indices.dim() - 1))
         indices = torch.where((indices < 0) | (indices >= n_codes), -1, indices + first)
-    flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
+    flat, n_rows = widened(x.detach()).reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
     counts, sums = backend_for(x, backend).statistics(flat, indices.reshape(-1), n_rows, deterministic)
     rounded = sums.all(torch.float32) if isinstance(sums, TokenSums) else sums.float()
     shape = *leading, n_codes
@@ -225,7 +227,7 @@ def lookup(indices: Tensor, codebook: Tensor | PreparedCodebook) -> Tensor:
     """The codes of given indices: ``codebook[indices]``, and a zero row for -1. Differentiable in ``codebook``.
 
     Args:
-        indices: int64 ``[...]``, each in ``[-1, K)``; or ``[H, ...]`` with one codebook per head.
+        indices: int64 or int32 ``[...]``, each in ``[-1, K)``; or ``[H, ...]`` with one codebook per head.
         codebook: codes ``[K, D]`` or ``[H, K, D]``.
 
     Returns:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from fastvq.common.distributed import all_reduce_sum, broadcast_from_rank_0
-from fastvq.common.ema_step import EMAStep, is_dead, must_stay
+from fastvq.common.distributed import all_reduce_sum, broadcast_from_first
+from fastvq.common.ema_step import EMAStep, counts_before, is_dead, must_stay
 
 # One [tokens, codes] float64 tile and one temporary of the same size stay in a core's cache.
 _TOKENS_PER_TILE = 64
@@ -149,12 +149,13 @@ def ema_step(step: EMAStep) -> Tensor:
         The codes that stayed because they would not be finite, bool ``[K]``.
     """
     embeddings, N, z_avg, counts, _, rows, found, decay, *_ = step
-    moved = N.double() * decay + counts * (1 - decay)
+    moved = counts_before(N, counts) * decay + counts * (1 - decay)
     total = moved.sum()
     factors = 1 / ((moved + step.smoothing) / (total + len(N) * step.smoothing) * total)
-    averages = z_avg.double() * decay + step.all_sums() * (1 - decay)
-    stays = must_stay(averages, factors) & (total > 0)
-    moves = (total > 0) & ~stays[:, None]
+    starts = (N == 0) & (moved > 0)
+    averages = torch.where(starts[:, None], embeddings, z_avg).double() * decay + step.all_sums() * (1 - decay)
+    stays = must_stay(averages, factors) & (moved > 0)
+    moves = ((moved > 0) & ~stays)[:, None]
     z_avg.copy_(torch.where(moves, averages, z_avg))
     embeddings.copy_(torch.where(moves, averages * factors[:, None], embeddings))
     if rows is not None:
@@ -234,7 +235,7 @@ class EMACodebook(nn.Module):
 
     def _draw(self, flat: Tensor) -> Tensor:
         tiled = self._tile(flat)
-        return broadcast_from_rank_0(tiled[torch.randperm(len(tiled), device=tiled.device)][: self.n_codes])
+        return broadcast_from_first(tiled[torch.randperm(len(tiled), device=tiled.device)][: self.n_codes])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize ``z [..., D]`` and, in training, update the codebook: ``(quantized, indices, loss)``."""

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvq.common.precision import at_least_float32
+
 
 def straight_through(
     x: Tensor, codes: Tensor, indices: Tensor, mask: Tensor | None, passes_gradient: bool = True
@@ -51,6 +53,6 @@ def commitment_loss(x: Tensor, codes: Tensor, indices: Tensor, weight: float) ->
     of the codebook happens in place between forward and backward.
     """
     found = (indices >= 0)[..., None]
-    precise = torch.promote_types(x.dtype, torch.float32)
+    precise = at_least_float32(x.dtype)
     residual = torch.where(found, x.to(precise) - codes.to(precise), 0)
     return residual.square().sum() * (weight / (found.sum() * x.shape[-1]).clamp(min=1).to(precise))

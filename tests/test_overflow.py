@@ -131,7 +131,7 @@ def test_no_code_restarts_from_a_token_that_float32_cannot_hold(resets):
 def test_backends_agree_on_who_stays(backend, kernel_device):
     k, d = 33, 130
     state = torch.randn(k, d), torch.rand(k) * 3, torch.randn(k, d)
-    state[1][5], state[2][5] = 0, 1e36  # finite average, infinite code
+    state[1][5], state[2][5] = 1e-30, 1e36  # finite average, infinite code
     counts, sums = torch.randint(0, 9, (k,)).double(), torch.randn(k, d, dtype=torch.float64)
     counts[5] = 0
     sums[0, 129], sums[7, 3], sums[8, 0], sums[9, 1] = 1e300, -torch.inf, torch.nan, 3.5e40

@@ -3,7 +3,7 @@
 import torch
 
 import fastvq
-from bench.contenders import flash_kmeans, libraries, ours, pytorch
+from bench.contenders import clustering, flash_kmeans, libraries, ours, pytorch
 from bench.contenders.base import Contender, version_of
 
 
@@ -18,15 +18,17 @@ def _torch() -> str:
 _lucidrains = version_of("vector_quantize_pytorch", "vector-quantize-pytorch")
 
 CONTENDERS: dict[str, Contender] = {
-    "fastvq": Contender(_fastvq, ours.search, ours.train),
+    "fastvq": Contender(_fastvq, ours.search, ours.train, clustering.ours),
     "expanded formula": Contender(_torch, pytorch.expanded, pytorch.train_expanded),
     "expanded compiled": Contender(_torch, pytorch.expanded_compiled),
     "cdist": Contender(_torch, pytorch.cdist),
     "chunked addmm": Contender(_torch, pytorch.chunked),
     "moshi": Contender(_torch, train=pytorch.train_moshi),
     "lucidrains": Contender(_lucidrains, libraries.lucidrains, libraries.train_lucidrains),
-    "faiss": Contender(version_of("faiss", "faiss"), libraries.faiss),
-    "scikit-learn": Contender(version_of("sklearn", "scikit-learn"), libraries.scikit_learn),
+    "faiss": Contender(version_of("faiss", "faiss"), libraries.faiss, cluster=clustering.faiss),
+    "scikit-learn": Contender(
+        version_of("sklearn", "scikit-learn"), libraries.scikit_learn, cluster=clustering.scikit_learn
+    ),
     "keops": Contender(version_of("pykeops", "pykeops"), libraries.keops),
     "flash-kmeans": Contender(version_of("flash_kmeans", "flash-kmeans"), flash_kmeans.search),
 }

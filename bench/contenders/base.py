@@ -1,4 +1,4 @@
-"""What every contender gives: a version, and calls for a search and for a training step.
+"""What every contender gives: a version, and calls for a search, for a training step and for k-means.
 
 A call starts from plain tensors, as in a training step, where the codebook changes every time: building an index or
 packing the codebook is part of the call. A docstring says so where a contender prepares something beforehand.
@@ -33,6 +33,8 @@ class Prepared(NamedTuple):
 # Takes the problem, batches of tokens and the codebook. Raises DoesNotApplyError for a problem it cannot solve.
 Prepare = Callable[[Problem, Sequence[Tensor], Tensor], Prepared]
 Search = Callable[[Tensor, Tensor], Tensor]
+# Takes tokens [n, D], K, the number of iterations and a seed; gives codes [K, D].
+Cluster = Callable[[Tensor, int, int, int], Tensor]
 
 
 class Contender(NamedTuple):
@@ -41,6 +43,7 @@ class Contender(NamedTuple):
     version: Callable[[], str]
     search: Prepare | None = None
     train: Prepare | None = None
+    cluster: Cluster | None = None
 
 
 def version_of(module: str, name: str) -> Callable[[], str]:

@@ -19,6 +19,7 @@ _TITLES = {
     "accuracy": "Indices that differ from float64",
     "means": "Error of the mean of a code's tokens, in units in the last place of float32",
     "scaling": "Time of a search over tokens, codes and dimensions",
+    "kmeans": "k-means: medians of three seeds, each with the same tokens and at most as many iterations",
 }
 _SWEEPS = {
     "worst": tables.worst,
@@ -26,6 +27,7 @@ _SWEEPS = {
     "accuracy": tables.accuracy,
     "means": tables.means,
     "scaling": tables.scaling,
+    "kmeans": tables.kmeans,
 }
 _MARK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 _PICTURE = re.compile(r"\]\(([^):]+\.png)\)")

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from bench.harness.store import Row, Store
 from bench.plans.roofline import flop, least_bytes, limits_of
-from bench.report.tables import EXPANDED, OURS, Head, ran, rows_where, shapes_of, size, unique
+from bench.report.tables import EXPANDED, GREEDY, OURS, Head, ran, rows_where, shapes_of, size, unique
 
 _INK = "#1a1a1a"
 _NOTE = "#6b6b6b"
@@ -44,7 +44,7 @@ def pictures(store: Store) -> dict[str, bytes]:
         found["throughput.png"] = throughput(head, rows)
     if timed and (limits := limits_of(store, rows)):
         found["roofline.png"] = roofline(head, timed, limits)
-    for name, draw in (("memory", memory), ("accuracy", accuracy)):
+    for name, draw in (("memory", memory), ("accuracy", accuracy), ("kmeans", kmeans)):
         head, rows = store.latest(name)
         if rows:
             found[f"{name}.png"] = draw(head, rows)
@@ -136,6 +136,38 @@ def accuracy(head: Head, rows: Sequence[Row]) -> Figure:
         panel.set_xticks(range(len(offsets)), [f"{offset:g}" for offset in offsets])
         panel.yaxis.set_minor_locator(NullLocator())
         _draw_curves(panel, curves, unique(rows, "contender"))
+    return figure
+
+
+def kmeans(head: Head, rows: Sequence[Row]) -> Figure:
+    """A line per set of tokens: inertia of every seed over the median of greedy k-means++, and seconds over ours."""
+    rows = [row for row in rows if ran(row)]
+    sets, names = unique(rows, "name"), unique(rows, "contender")
+    figure = _figure(13, 1.8 + 0.55 * len(sets), "k-means: the same tokens, as many iterations, three seeds", head)
+    quality, speed = figure.subplots(1, 2, sharey=True)
+    for i, name in enumerate(names):
+        colour, marker = (_BLUE if name == OURS else _COLOURS[i]), _MARKERS[i]
+        for place, label in enumerate(sets):
+            found = {row["contender"]: row for row in rows_where(rows, name=label)}
+            y = place + 0.22 * (i - (len(names) - 1) / 2)
+            style: dict[str, Any] = {"color": colour, "marker": marker, "label": "" if place else name}
+            if name in found and GREEDY in found:
+                ratios = [value / found[GREEDY]["inertia"] for value in found[name]["inertias"]]
+                quality.scatter(ratios, [y] * len(ratios), s=34, **style)
+            if name in found and OURS in found:
+                speed.scatter(found[name]["seconds"] / found[OURS]["seconds"], y, s=44, **style)
+    for axes in (quality, speed):
+        axes.axvline(1, color=_INK, linewidth=0.9)
+        axes.set_yticks(range(len(sets)), sets)
+    quality.invert_yaxis()
+    quality.set_xlabel(f"inertia over the median of {GREEDY} (left is better)")
+    speed.set_xlabel(f"time over that of {OURS} (logarithmic; right is slower)")
+    speed.set_xscale("log")
+    low, high = (0.9 * speed.get_xlim()[0], 1.1 * speed.get_xlim()[1])
+    speed.set_xticks([tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high])
+    speed.xaxis.set_minor_locator(NullLocator())
+    _plain_numbers(speed.xaxis)
+    _legend(speed)
     return figure
 
 

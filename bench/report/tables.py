@@ -13,6 +13,7 @@ from bench.report.grid import Grid
 
 EXPANDED = "expanded formula"
 OURS = "fastvq"
+GREEDY = "scikit-learn"
 _AXES = {"tokens": "N", "codes": "K", "dim": "D"}
 
 Head = dict[str, Any]
@@ -152,6 +153,41 @@ def scaling(title: str, head: Head, rows: Sequence[Row]) -> Grid:
         lines.append(["", name, *cells, *[""] * (width - len(cells)), power])
     headings = ["", "contender", "ms", *[""] * (width - 1), "time ∝"]
     return Grid(title, [f"{_machine(head)}."], headings, lines, left=2)
+
+
+def kmeans(title: str, head: Head, rows: Sequence[Row]) -> Grid:
+    """One line per set of tokens: inertias divided by that of greedy k-means++, our seconds, and others' over ours."""
+    measured, absent = _measured(rows, "seconds")
+    others = [name for name in unique(measured, "contender") if name != OURS]
+    rated = [name for name in (OURS, *others) if name != GREEDY]
+    lines = []
+    for _, label, _, here in _sections(measured, "name"):
+        if not label:
+            continue
+        found = {row["contender"]: row for row in rows_where(measured, name=label)}
+        best, ours = found.get(GREEDY, {}), found.get(OURS, {})
+
+        def over(column: str, name: str, base: Row, found: dict[str, Row] = found) -> float | None:
+            return found[name][column] / base[column] if ran(base) and ran(found.get(name, {})) else None
+
+        ratios = [over("inertia", name, best) for name in rated]
+        times = [over("seconds", name, ours) for name in others]
+        lines.append([
+            label,
+            f"{here[0]['n_tokens']:,} × {here[0]['codes']:,} × {here[0]['dim']:,}",
+            here[0]["operation"].split()[0],
+            *(f"{ratio:.3f}" if ratio else "-" for ratio in ratios),
+            f"{ours['seconds']:.2f}" if ours else "-",
+            *(_places(ratio) if ratio else "-" for ratio in times),
+        ])  # fmt: skip
+    versions = dict.fromkeys(row["version"] for row in measured if row.get("version"))
+    headings = ["tokens", "N × K × D", "steps", *(f"{name}, inertia" for name in rated), f"{OURS}, s"]
+    remarks = [
+        f"{_machine(head)}; {', '.join(versions)}.",
+        f"Inertias divided by {GREEDY}'s, times by {OURS}'s.",
+        absent,
+    ]
+    return Grid(title, remarks, [*headings, *others], lines, left=2)
 
 
 def unique(rows: Sequence[Row], column: str) -> list[Any]:

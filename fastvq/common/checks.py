@@ -32,11 +32,30 @@ def check_codebook(codebook: Tensor) -> None:
         raise ValueError(f"codebook must hold at least one code, got {list(codebook.shape)}")
 
 
+def check_codes(codes: Tensor, n_codes: int, dim: int) -> None:
+    """Raises where ``codes`` are not finite float32 codes ``[n_codes, dim]``."""
+    check_floating("codes", codes)
+    if codes.shape != (n_codes, dim):
+        raise ValueError(f"codes must be [{n_codes}, {dim}], got {list(codes.shape)}")
+    if not codes.float().isfinite().all():
+        raise ValueError("codes must be finite in float32")
+
+
+def check_moving_counts(counts: Tensor, n_codes: int) -> None:
+    """Raises where ``counts`` are not moving counts ``[n_codes]``: finite, at least 0 and not all 0."""
+    if not isinstance(counts, Tensor) or counts.is_complex() or counts.dtype == torch.bool:
+        raise TypeError(f"counts must be a tensor of numbers, got {describe(counts)}")
+    if counts.shape != (n_codes,):
+        raise ValueError(f"counts must be [{n_codes}], got {list(counts.shape)}")
+    values = counts.float()
+    if not (values.isfinite().all() and (values >= 0).all() and values.any()):
+        raise ValueError("counts must be finite, at least 0 and not all 0")
+
+
 def check_statistics(x: Tensor, indices: Tensor, n_codes: int, heads: bool) -> None:
     """Raises where ``indices`` are not codes of the tokens ``x``, or ``n_codes`` is no number of codes."""
     check_floating("x", x)
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        raise TypeError(f"indices must be an int64 tensor, got {describe(indices)}")
+    check_indices(indices)
     if indices.shape != x.shape[:-1]:
         raise ValueError(f"indices must be {list(x.shape[:-1])} to match x, got {list(indices.shape)}")
     check_same_device("indices", indices, x)
@@ -47,12 +66,17 @@ def check_statistics(x: Tensor, indices: Tensor, n_codes: int, heads: bool) -> N
 
 def check_lookup(indices: Tensor, codebook: Tensor) -> None:
     """Raises where ``indices`` do not name codes of ``codebook``."""
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"indices must be an int64 or int32 tensor, got {describe(indices)}")
+    check_indices(indices)
     check_codebook(codebook)
     check_same_device("indices", indices, codebook)
     if codebook.dim() == 3 and indices.shape[:1] != codebook.shape[:1]:
         raise ValueError(f"indices must be [{len(codebook)}, ...] to match codebook, got {list(indices.shape)}")
+
+
+def check_indices(indices: Tensor) -> None:
+    """Raises where ``indices`` are not int64 or int32."""
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be an int64 or int32 tensor, got {describe(indices)}")
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -88,7 +112,9 @@ def check_mask(mask: Tensor | None, x: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a boolean tensor, got {describe(mask)}")
+        is_integer = isinstance(mask, Tensor) and not mask.is_floating_point()
+        hint = "; for one of 0 and 1 pass mask.bool()" if is_integer else ""
+        raise TypeError(f"mask must be a boolean tensor, got {describe(mask)}{hint}")
     if mask.shape != x.shape[:-1]:
         raise ValueError(f"mask must be {list(x.shape[:-1])}, the leading shape of x, got {list(mask.shape)}")
     check_same_device("mask", mask, x)

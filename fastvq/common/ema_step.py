@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastvq.common.token_sums import TokenSums
@@ -16,11 +17,12 @@ class EMAStep(NamedTuple):
     With ``γ = decay``, ``ε = smoothing`` and ``S = ΣN``, in float64, every operation rounded by itself, and the results
     once to float32::
 
+        N_k, z_k ← 1, E_k   where N_k = 0 and counts_k > 0: the average of a code starts where the code is
         N_k ← γ N_k + (1 - γ) counts_k
         z_k ← γ z_k + (1 - γ) sums_k
         E_k ← z_k · (1 / w_k),   w_k = (N_k + ε) / (S + K ε) · S
 
-    Codes and averages stay what they are while ``S = 0``: no token was counted yet. A code whose new ``z_k`` or ``E_k``
+    A code and its average stay what they are, whatever that is, while ``N_k = 0``. A code whose new ``z_k`` or ``E_k``
     is not finite in float32 stays where it is, with the ``N_k`` and ``z_k`` of before (:func:`must_stay`); ``S`` counts
     its tokens.
 
@@ -48,6 +50,11 @@ class EMAStep(NamedTuple):
     def all_sums(self) -> Tensor:
         """``sums`` as one tensor."""
         return self.sums.all() if isinstance(self.sums, TokenSums) else self.sums
+
+
+def counts_before(N: Tensor, counts: Tensor) -> Tensor:
+    """``N`` in float64, and 1 for a code whose average starts with this step."""
+    return torch.where(N > 0, N, (counts > 0).to(N.dtype)).double()
 
 
 def is_dead(N: Tensor, restart_thres: float, restart_thres_relative: float | None) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastvq.backends.base import Backend
-from fastvq.common.distributed import is_distributed, start_sums
+from fastvq.common.distributed import Ranks, is_distributed, start_sums
+from fastvq.common.precision import widened
 from fastvq.common.token_sums import TokenSums
 from fastvq.learning.restart import Draw, draw_tokens, merge, over_ranks
 
@@ -45,13 +46,13 @@ class BatchStatistics(NamedTuple):
         draw = merge(self.draw, other.draw) if self.draw and other.draw else other.draw
         return BatchStatistics(self.counts + other.counts, _add_up(self.sums) + _add_up(other.sums), draw)
 
-    def start_update(self, sync: bool) -> Callable[[], Update]:
+    def start_update(self, ranks: Ranks) -> Callable[[], Update]:
         """Start the sum over all ranks; the result waits for it."""
-        wait = start_sums((self.counts, _add_up(self.sums)), sync) if is_distributed(sync) else None
+        wait = start_sums((self.counts, _add_up(self.sums)), ranks) if is_distributed(ranks) else None
 
         def update() -> Update:
             counts, sums = wait() if wait else (self.counts, self.sums)
-            return Update(counts, sums, *(over_ranks(self.draw, sync) if self.draw else (None, None)))
+            return Update(counts, sums, *(over_ranks(self.draw, ranks) if self.draw else (None, None)))
 
         return update
 
@@ -63,7 +64,7 @@ def _add_up(sums: Tensor | TokenSums) -> Tensor:
 @torch.no_grad()
 def collect(tokens: Tensor, indices: Tensor, n_codes: int, restarts: bool, backend: Backend) -> BatchStatistics:
     """Statistics of ``tokens [..., D]`` by ``indices [...]``, -1 left out, with a draw where codes restart."""
-    tokens, indices = tokens.detach().reshape(-1, tokens.shape[-1]), indices.reshape(-1)
+    tokens, indices = widened(tokens.detach()).reshape(-1, tokens.shape[-1]), indices.reshape(-1)
     counts, sums = backend.statistics(tokens, indices, n_codes)
     return BatchStatistics(counts.double(), sums, _draw(tokens, indices >= 0, n_codes) if restarts else None)
 

@@ -1,83 +1,120 @@
 """k-means over a fixed set of tokens, on the exact search."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq.backends.operators import backend_for
-from fastvq.common import distributed
-from fastvq.common.checks import check_choice, check_count, check_floating, check_mask
+from fastvq.common.checks import check_choice, check_count, check_floating, check_mask, check_same_device
 from fastvq.common.devices import float64_device
-from fastvq.common.directions import directions_or
-from fastvq.functional import search_codes
-from fastvq.learning.batches import Batches, Moved, TokenBatches, flatten
-from fastvq.learning.seeding import draw_rows, pick_codes
+from fastvq.common.directions import directions
+from fastvq.common.distributed import Ranks, check_group
+from fastvq.common.precision import at_least_float32
+from fastvq.learning.batches import Batches, as_tensor, flatten
+from fastvq.learning.lloyd import Report, cluster, no_report
 
-# Rounds that draw candidates with odds of their squared distance, after one that draws evenly.
-_ROUNDS = 2
-_Report = Callable[[int, float], None]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Array: TypeAlias = Tensor | np.ndarray[Any, Any]
+# What a DataLoader may give: a tensor, or one in a tuple or a list.
+Batch: TypeAlias = Array | tuple[Array] | list[Array]
 
 
-def _no_report(iteration: int, inertia: float) -> None:
-    """Shows nothing."""
-
-
-class KMeans(NamedTuple):
-    """Result of :func:`kmeans`.
-
-    ``codes [K, D]`` float32, ``counts [K]`` int64 of the tokens of each code, ``inertia``, the sum of the squared
-    distances of tokens and codes, and the number of ``iterations`` that moved the codes.
-    """
-
+class _Codes(NamedTuple):
     codes: Tensor
     counts: Tensor
     inertia: float
     iterations: int
 
 
+class KMeans(_Codes):
+    """Result of :func:`kmeans`: a tuple ``(codes, counts, inertia, iterations)`` with one more attribute, ``labels``.
+
+    ``codes [K, D]``, float64 for float64 tokens and float32 for others; ``counts [K]`` int64 of the tokens of each
+    code; ``inertia = Σ w |x - e|²`` over tokens and their codes; the number of ``iterations`` that moved the codes; and
+    ``labels [...]`` int64, the code of every token of this rank, -1 for a token that was left out. All belong to the
+    ``codes``. Of an iterable of batches ``labels`` is a list with a tensor for each, in the order in which the last
+    pass read them. With heads all tensors begin with H, the inertia is the sum, and the iterations are the most.
+    """
+
+    labels: Tensor | list[Tensor]
+
+    def __new__(
+        cls,
+        codes: Tensor,
+        counts: Tensor,
+        inertia: float,
+        iterations: int,
+        labels: Tensor | list[Tensor] | tuple[()] = (),  # pickled results of earlier versions have none
+    ) -> "KMeans":
+        """A tuple of the first four."""
+        self = super().__new__(cls, codes, counts, inertia, iterations)
+        self.labels = list(labels) if isinstance(labels, tuple) else labels
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.labels)  # what a copy is made from
+
+
 def kmeans(
-    x: Tensor | Iterable[Tensor],
+    x: Array | Iterable[Batch],
     n_codes: int,
     *,
     metric: str = "euclidean",
-    mask: Tensor | None = None,
-    init: str = "k-means++",
+    mask: Array | None = None,
+    sample_weight: Array | None = None,
+    heads: bool = False,
+    init: str | Array = "k-means++",
+    n_init: int = 1,
     max_iterations: int = 100,
     tolerance: float = 1e-4,
     generator: torch.Generator | None = None,
     backend: str = "auto",
     sync: bool = True,
+    process_group: "ProcessGroup | None" = None,
     progress: bool = False,
 ) -> KMeans:
-    """K codes that make ``Σ_i min_k |x_i - e_k|²`` small, by Lloyd's iterations, without a ``[tokens, codes]`` matrix.
+    """K codes that make ``Σ_i w_i min_k |x_i - e_k|²`` small, by Lloyd's iterations; no ``[tokens, codes]`` matrix.
 
-    An iteration moves every code to the mean of its tokens. A code without tokens restarts from a token, drawn with
-    odds of the squared distance to its code. ``metric="cosine"`` clusters ``x / |x|`` (spherical k-means).
+    An iteration moves every code to the mean of its tokens, ``e_k ← Σ w_i x_i / Σ w_i``, added in float64 and rounded
+    once. A code without tokens restarts from a token, drawn with odds of weight times squared distance to its code.
+    The best codes seen are returned. ``metric="cosine"`` clusters ``x / |x|`` (spherical k-means).
 
-    ``init="k-means++"`` is k-means|| of Bahmani et al. 2012 (arXiv 1203.6402). Three rounds draw K candidates each, the
-    first evenly, the others with odds of the squared distance to the candidates so far. K of them, weighted by their
-    tokens, are picked in at most 256 turns; up to 256 codes that is k-means++ (Arthur and Vassilvitskii 2007).
-    ``"random"`` takes K tokens. Every rank of a process group passes its tokens and gets the same codes, bit for bit.
+    ``init="k-means++"`` draws candidates as k-means|| does (Bahmani et al. 2012, arXiv 1203.6402): three rounds of K
+    and at least 64, the first evenly, the others with odds of the squared distance to the candidates so far. Of these,
+    weighted by their tokens, greedy k-means++ picks K (Arthur and Vassilvitskii 2007), each the best of ``2 + log K``
+    trials; above 1,024 codes a turn picks several, each the best of four. ``"random"`` takes K tokens.
+
+    Every rank of a process group passes its tokens and gets the same codes, bit for bit.
 
     Args:
         x: tokens ``[..., D]``, floating, or an iterable of batches that can be iterated more than once (a list, a
-            DataLoader), at least one on every rank; a batch may be empty. Tokens that are not finite are left out.
+            DataLoader), at least one on every rank; a batch may be empty, and may be a tuple or list of one tensor.
+            NumPy arrays will do. Float64 tokens are clustered in float64. Tokens that are not finite are left out, and
+            for the cosine tokens that are zero.
         n_codes: K ≥ 1. With fewer distinct tokens the last codes repeat the first.
         metric: ``"euclidean"`` or ``"cosine"``.
         mask: bool ``[...]``, True for a real token, where ``x`` is one tensor. Default: all.
-        init: ``"k-means++"`` or ``"random"``.
+        sample_weight: ``w [...]``, floating, finite and not negative, where ``x`` is one tensor. Default: 1. A token of
+            weight 0 gets a label and moves nothing.
+        heads: ``x [H, ..., D]``, one tensor, has one codebook ``[K, D]`` for each head.
+        init: ``"k-means++"``, ``"random"``, or the codes to start from, ``[K, D]`` (``[H, K, D]`` with heads), floating
+            and finite; those of the first rank count.
+        n_init: that many starts, of which the one with the least inertia is returned.
         max_iterations: the codes move at most this often.
         tolerance: stop when an iteration lowers the inertia by this share or less; 0: when it no longer falls.
-        generator: a CPU generator; that of rank 0 decides. Default: PyTorch's own.
+        generator: a CPU generator; that of the first rank decides. Default: PyTorch's own.
         backend: as in :func:`fastvq.nearest_code`.
         sync: cluster the tokens of all ranks.
+        process_group: the ranks that cluster together, each of them a member; by default all.
         progress: show a progress bar; needs rich, which the extra ``cli`` installs.
 
     Returns:
-        :class:`KMeans`; ``counts`` and ``inertia`` belong to the ``codes`` returned.
+        :class:`KMeans`; ``counts``, ``inertia`` and ``labels`` belong to the ``codes`` returned.
 
     Raises:
         TypeError: ``x`` is an iterator, which can be read only once, or holds other things than floating tensors.
@@ -85,104 +122,103 @@ def kmeans(
         ModuleNotFoundError: ``progress`` without rich.
     """
     check_choice("metric", metric, ("euclidean", "cosine"))
-    check_choice("init", init, ("k-means++", "random"))
-    check_count("n_codes", n_codes, 1)
-    check_count("max_iterations", max_iterations, 0)
+    for name, count, least in (("n_codes", n_codes, 1), ("n_init", n_init, 1), ("max_iterations", max_iterations, 0)):
+        check_count(name, count, least)
+    check_group(process_group)
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    ranks = Ranks(sync, process_group)
+    parts: list[Any] = [as_tensor(part) for part in (x, mask, sample_weight, init)]
+    _check_start(parts[3], n_init)
+    _check_weights(parts[2], parts[0])
+    if heads:
+        _check_heads(parts[0], parts[1], parts[3])
 
-    def prepare(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        check_floating("x", tokens)
-        check_mask(mask, tokens)
-        return flatten(tokens, mask, metric)
+    def learn(x: Any, mask: Tensor | None, weights: Tensor | None, init: str | Tensor) -> KMeans:
+        def prepare(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            check_floating("x", tokens)
+            check_mask(mask, tokens)
+            return flatten(tokens, mask, metric, at_least_float32(tokens.dtype))
 
-    with _shown(max_iterations) if progress else nullcontext(_no_report) as report:
-        found = cluster(
-            Batches(x, mask, prepare), n_codes, max_iterations, metric, backend, sync,
-            init=init, tolerance=tolerance, generator=generator, report=report,
+        batches = Batches(x, mask, prepare)
+        start = init if isinstance(init, str) else _start_codes(init, n_codes, metric, batches)
+        flat = None if weights is None else weights.reshape(-1).to(float64_device(weights.device)).double()
+        runs = (
+            cluster(
+                batches, n_codes, max_iterations, metric, backend, ranks,
+                init=start, weights=flat, tolerance=tolerance, generator=generator, report=report,
+            )
+            for _ in range(n_init)
         )  # fmt: skip
-    if found is None:
-        raise ValueError("x must hold at least one finite token, got none on any rank")
-    return found
+        best = min((run for run in runs if run is not None), key=lambda run: run.found.inertia, default=None)
+        if best is None:
+            weighing = "" if weights is None else " of positive weight"
+            raise ValueError(f"x must hold at least one finite token{weighing}, got none on any rank")
+        labels = [found.view(shape) for found, shape in zip(best.found.labels, best.found.shapes, strict=True)]
+        return KMeans(
+            best.codes, best.found.counts, best.found.inertia, best.iterations,
+            labels[0] if isinstance(x, Tensor) else labels,
+        )  # fmt: skip
+
+    with _shown(max_iterations) if progress else nullcontext(no_report) as report:
+        if not heads:
+            return learn(*parts)
+        of_head = ([part[h] if isinstance(part, Tensor) else part for part in parts] for h in range(len(parts[0])))
+        return _together([learn(*head) for head in of_head])
 
 
-@torch.no_grad()
-def cluster(
-    batches: TokenBatches,
-    n_codes: int,
-    max_iterations: int,
-    metric: str,
-    backend: str,
-    sync: bool,
-    *,
-    init: str = "k-means++",
-    tolerance: float = 1e-4,
-    generator: torch.Generator | None = None,
-    report: _Report = _no_report,
-) -> KMeans | None:
-    """:func:`kmeans` of flattened ``batches``; None where no rank has a token."""
-    first = next(tokens for tokens, _ in batches)
-    device = float64_device(first.device)
-    batches, chosen = Moved(batches, device), backend_for(first.to(device), backend)
-    drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(device)
-    seed = int(distributed.broadcast_from_rank_0(drawn, sync))
-    together = torch.Generator(device).manual_seed(seed)
-    own = torch.Generator(device).manual_seed(seed + 1 + distributed.rank(sync))
+def _together(heads: list[KMeans]) -> KMeans:
+    codes, counts, inertia, iterations = zip(*heads, strict=True)
+    labels = torch.stack([head.labels for head in heads if isinstance(head.labels, Tensor)])
+    return KMeans(torch.stack(codes), torch.stack(counts), sum(inertia), max(iterations), labels)
 
-    def distances(tokens: Tensor, codes: Tensor, real: Tensor) -> Tensor:
-        """Squared distance to the nearest code, 0 for a token that is not real."""
-        indices = search_codes(tokens, codes, "euclidean", real, chosen)
-        return torch.where(indices < 0, 0, (tokens - codes[indices.clamp(min=0)]).square().sum(1))
 
-    def draw_far(n: int, codes: Tensor) -> Tensor:
-        return draw_rows(((tokens, distances(tokens, codes, real)) for tokens, real in batches), n, own, sync)
+def _check_start(init: Any, n_init: int) -> None:
+    if not isinstance(init, Tensor):
+        check_choice("init", init, ("k-means++", "random"))
+        return
+    check_floating("init", init)
+    if n_init != 1:
+        raise ValueError(f"n_init must be 1 with start codes, which leave nothing to chance, got {n_init}")
+    if not torch.isfinite(init).all():
+        raise ValueError("init must be finite, got NaN or an infinity")
 
-    def assign(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts ``[K]``, sums ``[K, D]`` and inertia of all ranks' tokens, float64."""
-        counts, sums, inertia = (codes.new_zeros(s, dtype=torch.float64) for s in ((len(codes),), codes.shape, (1,)))
-        for tokens, real in batches:
-            indices = search_codes(tokens, codes, "euclidean", real, chosen)
-            batch_counts, batch_sums = chosen.code_statistics(tokens, indices, len(codes), None)
-            counts += batch_counts
-            sums += batch_sums
-            apart = (tokens - codes[indices.clamp(min=0)]).double().square().sum(1)
-            inertia += torch.where(indices < 0, 0, apart).sum()
-        counts, sums, inertia = distributed.start_sums((counts, sums, inertia), sync)()
-        return counts, sums, inertia
 
-    codes = draw_rows(((tokens, real.float()) for tokens, real in batches), n_codes, own, sync)
-    if len(codes) == 0:
-        return None
-    if init == "k-means++":
-        for _ in range(_ROUNDS):
-            codes = torch.cat([codes, draw_far(n_codes, codes)])
-        codes = pick_codes(codes, assign(codes)[0], n_codes, distances, together)
-    # Fewer distinct tokens than codes: the codes repeat.
-    codes = codes[torch.arange(n_codes, device=device) % len(codes)]
-    codes = distributed.broadcast_from_rank_0(codes, sync)
+def _start_codes(init: Tensor, n_codes: int, metric: str, batches: Batches) -> Tensor:
+    """Codes to start from, in the dtype of the tokens."""
+    first, _ = next(iter(batches))
+    if init.shape != (n_codes, first.shape[1]):
+        raise ValueError(f"init must be [{n_codes}, {first.shape[1]}] to match n_codes and x, got {list(init.shape)}")
+    check_same_device("init", init, first)
+    codes = init.detach().to(first.dtype)
+    return directions(codes) if metric == "cosine" else codes
 
-    previous, had_converged = float("inf"), False
-    for iteration in range(max_iterations + 1):
-        counts, sums, inertia = assign(codes)
-        report(iteration, float(inertia))
-        has_converged = float(inertia) >= (1 - tolerance) * previous
-        is_empty = counts == 0
-        # Restarts may go on for ever: means of equal tokens are rounded, and leave distances to restart from.
-        is_done = has_converged and (had_converged or not is_empty.any())
-        if iteration == max_iterations or is_done:
-            break
-        means = (sums / counts.clamp(min=1)[:, None]).float()
-        moved = torch.where(is_empty[:, None], codes, directions_or(means, codes) if metric == "cosine" else means)
-        if is_empty.any():
-            empty = is_empty.nonzero()[:, 0]
-            rows = draw_far(len(empty), moved)
-            moved[empty[: len(rows)]] = rows
-        codes, previous, had_converged = moved, float(inertia), has_converged
-    return KMeans(codes.to(first.device), counts.long().to(first.device), float(inertia), iteration)
+
+def _check_weights(weights: Any, x: Any) -> None:
+    if weights is None:
+        return
+    if not isinstance(x, Tensor):
+        raise ValueError("sample_weight must be None where x is an iterable of batches")
+    check_floating("sample_weight", weights)
+    if weights.shape != x.shape[:-1]:
+        expected = f"{list(x.shape[:-1])}, the leading shape of x"
+        raise ValueError(f"sample_weight must be {expected}, got {list(weights.shape)}")
+    check_same_device("sample_weight", weights, x)
+    if not ((weights >= 0) & (weights < torch.inf)).all():
+        raise ValueError(f"sample_weight must be finite and at least 0, got {float(weights.amin())}")
+
+
+def _check_heads(x: Any, mask: Any, init: Any) -> None:
+    if not isinstance(x, Tensor) or x.dim() < 2 or len(x) == 0:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be one tensor [heads, ..., D] with heads, got {got}")
+    check_mask(mask, x)
+    if isinstance(init, Tensor) and (init.dim() != 3 or len(init) != len(x)):
+        raise ValueError(f"init must be [{len(x)}, n_codes, D] to match the heads of x, got {list(init.shape)}")
 
 
 @contextmanager
-def _shown(max_iterations: int) -> Iterator[_Report]:
+def _shown(max_iterations: int) -> Iterator[Report]:
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     except ModuleNotFoundError as error:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvq.backends.operators import may_read
 from fastvq.common import distributed
 from fastvq.common.devices import float64_device
+from fastvq.common.distributed import Ranks
 
 # The low bits of a key name the rank, so that no two ranks win the same code.
 _RANK_BITS = 16
@@ -70,29 +71,29 @@ def merge(first: Draw, second: Draw) -> Draw:
     return Draw(torch.where(chosen, second.rows, first.rows), n_tokens)
 
 
-def over_ranks(draw: Draw, sync: bool) -> tuple[Tensor, Tensor]:
+def over_ranks(draw: Draw, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """One draw from the tokens of all ranks, the same on each: ``rows [K, D]``, and whether any rank has a token.
 
     A race decides for every code. Rank r arrives after an exponential time of rate ``n_r``, so that it wins with odds
     of ``n_r`` (Efraimidis and Spirakis 2006). A rank without tokens never arrives.
     """
-    if not distributed.is_distributed(sync):
+    if not distributed.is_distributed(ranks):
         return draw.rows, draw.n_tokens > 0
     device = float64_device(draw.rows.device)
     never, n_tokens = torch.full((), torch.inf, dtype=torch.float64, device=device), draw.n_tokens.to(device)
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = distributed.rank(ranks), distributed.world_size(ranks)
     # Every rank draws for all ranks and takes its own number: ranks that were seeded alike differ too.
     uniform = torch.rand(world_size, len(draw.rows), dtype=torch.float64, device=device)[rank]
     arrival = torch.where(n_tokens > 0, -uniform.clamp(min=1e-300).log() / n_tokens, never)
     # Positive numbers are ordered as their bits are.
     keys = (arrival.view(torch.int64) >> _RANK_BITS << _RANK_BITS) | rank
-    first = distributed.all_reduce_min(keys)
+    first = distributed.all_reduce_min(keys, ranks)
     is_mine = (first & ((1 << _RANK_BITS) - 1)) == rank
     found = first >> _RANK_BITS < never.view(torch.int64) >> _RANK_BITS
     rows = torch.where((is_mine & found)[:, None].to(draw.rows.device), draw.rows, 0)
-    return distributed.all_reduce_sum(rows), found.all()
+    return distributed.all_reduce_sum(rows, ranks), found.all()
 
 
-def draw_codes(batches: Iterable[tuple[Tensor, Tensor]], n_codes: int, sync: bool) -> tuple[Tensor, Tensor]:
+def draw_codes(batches: Iterable[tuple[Tensor, Tensor]], n_codes: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """:func:`over_ranks` of one draw from all ``batches`` of tokens ``[n, D]`` and which are real ``[n]``."""
-    return over_ranks(reduce(merge, (draw_tokens(*batch, n_codes) for batch in batches)), sync)
+    return over_ranks(reduce(merge, (draw_tokens(*batch, n_codes) for batch in batches)), ranks)

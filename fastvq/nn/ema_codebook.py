@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastvq.backends.base import Backend
 from fastvq.backends.choose import check_backend
-from fastvq.backends.codebook_cache import CodebookCache
-from fastvq.backends.operators import backend_for, may_read
+from fastvq.backends.operators import backend_for
 from fastvq.common.checks import check_choice, check_count, check_mask, check_same_device
-from fastvq.common.directions import directions, directions_or
+from fastvq.common.directions import directions, directions_or, has_direction
+from fastvq.common.distributed import Ranks, check_group
 from fastvq.common.ema_step import EMAStep
 from fastvq.functional import pass_through, search_codes
-from fastvq.learning import restart
-from fastvq.learning.batch_statistics import BatchStatistics, Update, collect
-from fastvq.learning.batches import Batches, TokenBatches, flatten
-from fastvq.learning.kmeans import cluster
+from fastvq.learning.batch_statistics import Update, collect
+from fastvq.nn.first_codes import FirstCodes
 from fastvq.nn.layout import as_given, tokens_last
+from fastvq.nn.memory import check_writable
 from fastvq.nn.overflow import Overflow
-from fastvq.nn.state import CodebookState
 from fastvq.reference import Quantized
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _INITS = ("first_batch", "kmeans")
 _METRICS = ("euclidean", "cosine")
 
 
-class EMACodebook(CodebookState):
+class EMACodebook(FirstCodes):
     """Vector quantizer whose codes follow the tokens they win; a drop-in for ESM3's class.
 
     A training step, with ``γ = ema_decay``, ``n_k`` tokens won by code k and ``s_k`` their sum over all ranks::
@@ -54,7 +55,9 @@ class EMACodebook(CodebookState):
 
     The state is three float32 buffers with the keys of the original classes: ``embeddings [K, D]``, ``N [K]`` and
     ``z_avg [K, D]``. Checkpoints of VideoGPT's and TATS's ``Codebook`` load too. The first training batch that holds a
-    token initialises the state, unless a state was loaded; a compiled module needs a token in its first batch.
+    token initialises the state, unless codes were loaded, set (:meth:`set_codes`) or written into ``embeddings``; a
+    compiled module needs a token in its first batch. A code with ``N_k = 0`` stays where it is until it wins a token,
+    and then starts as if it had won itself once: ``N_k = 1``, ``z_k = E_k``.
 
     Every rank of a process group holds the same state, bit for bit, and may have no tokens. A step costs one all-reduce
     of ``[K, D + 1]``, and with random restart one of ``[K]`` and one of ``[K, D]``. Every rank loads a checkpoint;
@@ -77,6 +80,7 @@ class EMACodebook(CodebookState):
         commitment_weight: ``w``, the factor of the loss.
         channel_first: tokens come and go as ``[b, D, ...]``, for example ``[b, c, h, w]``.
         sync: sum over the ranks of ``torch.distributed``. False: every process has a codebook of its own.
+        process_group: the ranks that share the codebook, each of them a member; by default all.
         backend: as in :func:`fastvq.nearest_code`.
         device: where the buffers are created.
 
@@ -103,6 +107,7 @@ class EMACodebook(CodebookState):
         commitment_weight: float = 0.25,
         channel_first: bool = False,
         sync: bool = True,
+        process_group: ProcessGroup | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
@@ -118,6 +123,7 @@ class EMACodebook(CodebookState):
         check_choice("init", init, _INITS)
         check_choice("metric", metric, _METRICS)
         check_backend(backend)
+        check_group(process_group)
         codes = torch.randn(n_codes, embedding_dim, dtype=torch.float32, device=device)
         super().__init__(directions(codes) if metric == "cosine" else codes)
         self.n_codes = n_codes
@@ -132,12 +138,30 @@ class EMACodebook(CodebookState):
         self.metric = metric
         self.commitment_weight = commitment_weight
         self.channel_first = channel_first
-        self.sync = sync
+        self._ranks = Ranks(sync, process_group)
         self.backend = backend
         self.freeze_codebook = False
         self._accumulates = False
-        self._pending: BatchStatistics | None = None
         self._overflow = Overflow(n_codes, self.N.device)
+
+    @property
+    def sync(self) -> bool:
+        """Whether ranks share the codebook."""
+        return self._ranks.sync
+
+    @sync.setter
+    def sync(self, sync: bool) -> None:
+        self._ranks = Ranks(sync, self._ranks.group)
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that share the codebook, None for all. Pickles lose it: assign it again before training."""
+        return self._ranks.group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        check_group(group)
+        self._ranks = Ranks(self._ranks.sync, group)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize ``z``; in training also update the codebook.
@@ -157,8 +181,10 @@ class EMACodebook(CodebookState):
         tokens = tokens_last(z, self.embedding_dim, self.channel_first)
         check_same_device("z", tokens, self.embeddings)
         check_mask(mask, tokens)
+        self._keep_float32()
         learns = self.training and not self.freeze_codebook
-        if learns and self._need_init:
+        if learns:
+            check_writable(self._buffers)
             self._init_embeddings(z, mask)
         backend = backend_for(tokens, self.backend)
         cache = None if learns or (z.is_cuda and not self.freeze_codebook) else self._codebook_cache
@@ -178,8 +204,8 @@ class EMACodebook(CodebookState):
 
         The result is that of one step on all batches together, as ``no_sync()`` of DistributedDataParallel gives it
         for gradients, and no process waits for another inside. Initialisation takes the first batch. Collected
-        statistics are no part of the state dict. A new codebook (:meth:`initialize`, ``load_state_dict``) drops them;
-        an exception drops those of its block.
+        statistics are no part of the state dict. A new codebook (:meth:`set_codes`, :meth:`initialize`,
+        ``load_state_dict``) drops them; an exception drops those of its block.
         """
         before, pending = self._accumulates, self._pending
         self._accumulates = True
@@ -191,68 +217,15 @@ class EMACodebook(CodebookState):
         finally:
             self._accumulates = before
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor | Iterable[Tensor], mask: Tensor | None = None) -> None:
-        """Replace the codes now by codes learned from ``x`` as ``init`` says.
-
-        Args:
-            x: tokens as :meth:`forward` takes them, or an iterable of batches that can be iterated more than once.
-                Every rank of a process group calls this with its own tokens.
-            mask: as in :meth:`forward`, for one batch.
-
-        Raises:
-            TypeError: ``x`` is an iterator, which can be read only once.
-            ValueError: there is no finite token, or a shape does not match.
-        """
-        if not self._learn_codes(Batches(x, mask, self._candidates)):
-            raise ValueError("x must hold at least one finite token, got none on any rank")
-
-    def _tile(self, x: Tensor) -> Tensor:
-        """``x`` repeated to at least K rows, as the published classes offer it."""
-        return restart.tile(x, self.n_codes)
-
-    def _candidates(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The tokens that the codebook learns from, float32 ``[n, D]``, and which of them may become a code ``[n]``."""
-        tokens = tokens_last(z, self.embedding_dim, self.channel_first).detach()
-        check_mask(mask, tokens)
-        return flatten(tokens, mask, self.metric)
-
-    @torch.no_grad()
-    def _init_embeddings(self, z: Tensor, mask: Tensor | None = None) -> None:
-        """The first codes, from the first batch that holds a token on any rank."""
-        # DistributedDataParallel may have copied the state of rank 0 into this module.
-        if may_read(self.N) and self.N.any():
-            self._need_init = False
-        else:
-            self._learn_codes([self._candidates(z, mask)])
-
-    def _set_codes(self, codes: Tensor) -> None:
-        super()._set_codes(codes)
-        self._pending = None  # statistics of the codes before
-
-    def _learn_codes(self, batches: TokenBatches) -> bool:
-        """Whether there was a token to learn from."""
-        if self.init == "kmeans":
-            if not may_read(self.N):
-                raise RuntimeError("init='kmeans' cannot be compiled: call initialize(batch) before the first step")
-            learned = cluster(batches, self.n_codes, self.kmeans_iterations, self.metric, self.backend, self.sync)
-            if learned is None:
-                return False
-            self._set_codes(learned.codes)
-            return True
-        rows, found = restart.draw_codes(batches, self.n_codes, self.sync)
-        if may_read(found) and not found:
-            return False
-        self._set_codes(torch.where(found, rows, self.embeddings))
-        return True
-
     def _start_update(self, tokens: Tensor, indices: Tensor, backend: Backend) -> Callable[[], Update] | None:
         """Collect the statistics and start their sum over the ranks, unless further batches are to come first."""
+        if self.metric == "cosine":
+            indices = torch.where(has_direction(tokens), indices, -1)
         statistics = collect(tokens, indices, self.n_codes, not self.no_random_restart, backend)
         if self._pending is not None:
             statistics = self._pending.plus(statistics)
         self._pending = statistics.added_up() if self._accumulates else None
-        return None if self._accumulates else statistics.start_update(self.sync)
+        return None if self._accumulates else statistics.start_update(self._ranks)
 
     @torch.no_grad()
     def _update(self, update: Update, backend: Backend) -> None:
@@ -267,9 +240,10 @@ class EMACodebook(CodebookState):
         """Attributes that a module pickled by an earlier version lacks get their defaults."""
         options = signature(EMACodebook.__init__).parameters.values()
         defaults = {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
-        del defaults["device"]
+        for name in ("device", "sync", "process_group"):
+            del defaults[name]
         state.pop("_kept", None)  # the codebook cache of earlier versions
-        later = {"_accumulates": False, "_pending": None, "_codebook_cache": CodebookCache()}
+        later = {"_accumulates": False, "_ranks": Ranks(state.pop("sync", True))}
         super().__setstate__({**defaults, **later, "_overflow": Overflow(state["n_codes"]), **state})
 
     def train(self, mode: bool = True) -> EMACodebook:
@@ -282,12 +256,7 @@ class EMACodebook(CodebookState):
         self._overflow.tell()
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._pending = None
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
-        self._pending = None  # statistics that were being collected do not move
         super()._apply(fn, recurse)
         self._overflow = Overflow(self.n_codes, self.N.device)
         return self

@@ -20,7 +20,8 @@ class Overflow:
     """
 
     def __init__(self, n_codes: int, device: torch.device | None = None) -> None:
-        self._stayed = torch.zeros(n_codes, dtype=torch.bool, device=device)
+        with torch.inference_mode(False):
+            self._stayed = torch.zeros(n_codes, dtype=torch.bool, device=device)
         self._has_told = False
 
     def __reduce__(self) -> tuple[type[Overflow], tuple[int]]:

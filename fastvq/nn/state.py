@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from fastvq.backends.codebook_cache import CodebookCache
 from fastvq.common.ema_step import is_dead
+from fastvq.common.precision import at_least_float32, full_precision
 from fastvq.functional import lookup
+from fastvq.nn.memory import Float32Memory, own_memory
 
 _Self = TypeVar("_Self", bound="CodebookState")
 
@@ -17,10 +19,7 @@ class CodebookState(nn.Module):
     """Buffers ``embeddings [K, D]``, ``N [K]`` and ``z_avg [K, D]``, the keys of ESM3's, VideoGPT's and TATS's class.
 
     The buffers stay float32 whatever the module is cast to: in half precision the increments of the averages round
-    away.
-
-    A loaded state that has learned something is never initialised again: without learning ``N = 0`` and
-    ``z_avg = embeddings``, so that the state dict needs no further key.
+    away. A cast behind the module's back (FSDP's ``buffer_dtype``, ``tensor.data``) is undone by the next call.
 
     While the codebook does not learn (``eval()`` or ``freeze_codebook``), eager calls on the CPU cache the packed
     codebook until a value of ``embeddings`` changes. A GPU, where comparing values would wait for the device, caches it
@@ -34,32 +33,44 @@ class CodebookState(nn.Module):
     ema_decay: float
     restart_thres: float
     restart_threshold_relative: float | None
-    _dtype = torch.float32  # what the module was cast to
+    _dtype: torch.dtype  # what the module was cast to
 
     def __init__(self, embeddings: Tensor) -> None:
         super().__init__()
         self.register_buffer("embeddings", embeddings)
         self.register_buffer("N", embeddings.new_zeros(len(embeddings)))
         self.register_buffer("z_avg", embeddings.clone())
-        self._need_init = True
+        self._dtype = torch.get_default_dtype()
         self._codebook_cache = CodebookCache()
+        self._float32_memory = Float32Memory()
+        self._own_memory()
 
-    @torch.no_grad()
-    def _set_codes(self, codes: Tensor) -> None:
-        """Start from ``codes [K, D]`` as the published classes do: every code has won itself once."""
-        self.embeddings.copy_(codes)
-        self.z_avg.copy_(codes)
-        self.N.fill_(1)
-        self._need_init = False
+    def _own_memory(self) -> None:
+        own_memory(self._buffers)
+        self._float32_memory.hold(self._buffers)
 
-    def dictionary_lookup(self, encodings: Tensor) -> Tensor:
-        """Codes ``[..., D]`` of the indices ``encodings [...]``, in the dtype the module was cast to; zeros for -1."""
-        return lookup(encodings, self.embeddings).to(self._dtype)
+    def _keep_float32(self) -> None:
+        if any(buffer is not None and buffer.dtype != torch.float32 for buffer in self._buffers.values()):
+            self._float32_memory.undo_casts(self._buffers)
+
+    def dictionary_lookup(self, encodings: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Codes ``[..., D]`` of the indices ``encodings [...]``, int64 or int32; zeros for -1.
+
+        In ``dtype``, by default the one that the module was cast to, or else the default dtype it was built under, as
+        ``from_pretrained(dtype=...)`` sets it.
+        """
+        self._keep_float32()
+        return lookup(encodings, self.embeddings).to(self._dtype if dtype is None else dtype)
 
     def soft_codebook_lookup(self, weights: Tensor) -> Tensor:
-        """Mixtures of codes, ``weights @ embeddings``: ``[..., K]`` to ``[..., D]``, in the dtype of ``weights``."""
-        precise = torch.promote_types(weights.dtype, torch.float32)
-        return (weights.to(precise) @ self.embeddings.to(precise)).to(weights.dtype)
+        """Mixtures of codes, ``weights @ embeddings``: ``[..., K]`` to ``[..., D]``, in the dtype of ``weights``.
+
+        Computed in float32 at least, under autocast too.
+        """
+        self._keep_float32()
+        precise = at_least_float32(weights.dtype)
+        with full_precision(weights.device):
+            return (weights.to(precise) @ self.embeddings.to(precise)).to(weights.dtype)
 
     @property
     def usage(self) -> Tensor:
@@ -104,23 +115,18 @@ class CodebookState(nn.Module):
         # The buffers do not tell a cast to float32 from a move.
         self._dtype = fn(self.embeddings.new_empty(0, dtype=self._dtype)).dtype
         super()._apply(keep_float32, recurse)
+        self._own_memory()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
         self.reset_cache()
-        codes = state_dict.get(prefix + "embeddings")
-        if codes is None or codes.shape != self.embeddings.shape:
-            return
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype != torch.float32:  # with `assign=True` it is the checkpoint's tensor
-                setattr(self, name, buffer.float())
-        if prefix + "N" not in state_dict and prefix + "z_avg" not in state_dict:
-            self._set_codes(self.embeddings)
-        elif prefix + "z_avg" not in state_dict:
-            self.z_avg.copy_(self.embeddings * self.N[:, None])
-        if not self.N.is_meta:
-            self._need_init = not self.N.any() and torch.equal(self.embeddings, self.z_avg)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._own_memory()  # with `assign=True` the buffers are the checkpoint's tensors
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        memories = {"_codebook_cache": CodebookCache(), "_float32_memory": Float32Memory()}
+        super().__setstate__({"_dtype": torch.float32, **memories, **state})
+        self._own_memory()
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""

@@ -1,9 +1,12 @@
 """What one rank of ``test_distributed.py`` runs: ``python rank_programs.py PROGRAM... RANK WORLD_SIZE FOLDER``."""
 
+import copy
 import os
+import pickle
 import signal
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -61,7 +64,7 @@ def without_restart(rank):
 
 def compiled(rank):
     torch.manual_seed(rank)
-    module = fastvq.EMACodebook(CODES, DIM, no_random_restart=False)
+    module = fastvq.EMACodebook(CODES, DIM, no_random_restart=False, process_group=dist.new_group())
     return steps(torch.compile(module, fullgraph=True, backend="aot_eager"), rank, 8)
 
 
@@ -98,6 +101,25 @@ def clustered(rank):
     module = fastvq.EMACodebook(CODES, DIM, init="kmeans")
     module(x[:0] if rank == 0 else x)
     return [found._asdict(), copy_of(module.state_dict())]
+
+
+def weighted_tokens(rank):
+    """Tokens far from zero, more on the second rank, with weights; the first of no weight, at another place."""
+    generator = torch.Generator().manual_seed(rank)
+    x = 1e6 + 20 * torch.randint(3, (100 + 50 * rank, 1), generator=generator) + torch.randn(100 + 50 * rank, DIM)
+    weights = torch.rand(len(x), generator=generator)
+    x[0], weights[0] = 0, 0
+    return x, weights
+
+
+def clustered_with_weights(rank):
+    torch.manual_seed(rank)
+    x, weights = weighted_tokens(rank)
+    found = fastvq.kmeans(x, 3, sample_weight=weights, n_init=2)
+    parts = [torch.empty(150, DIM + 2) for _ in range(2)]
+    own = torch.cat([x, weights[:, None], found.labels[:, None]], 1)
+    torch.distributed.all_gather(parts, torch.nn.functional.pad(own, (0, 0, 0, 150 - len(x)), value=-1))
+    return [{**found._asdict(), "tokens": torch.cat(parts)}]
 
 
 def encoder():
@@ -144,6 +166,52 @@ def fully_sharded(rank):
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     fit(model, batches_of_model(rank))
     return [copy_of(model[1].state_dict())]
+
+
+def cast_by_fsdp(rank):
+    """FSDP's first version casts the buffers, and casts them again after each state dict."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+
+    kept = []
+    for precision in (None, MixedPrecision(buffer_dtype=torch.bfloat16)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, DIM), fastvq.EMACodebook(CODES, DIM))
+        model[1].set_codes(torch.randn(CODES, DIM), 100 * torch.rand(CODES))
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), mixed_precision=precision)
+        fit(model, batches_of_model(rank)[:5])
+        model.state_dict()
+        fit(model, batches_of_model(rank)[5:])
+        kept.append(copy_of(model.module[1].state_dict()))
+    return kept
+
+
+def subgroup(rank):
+    """The last two ranks share a codebook; the first takes no part, and has none."""
+    ranks = list(range(1, dist.get_world_size()))
+    group = dist.new_group(ranks)
+    if rank == 0:
+        for build in (fastvq.EMACodebook, fastvq.kmeans):
+            with pytest.raises(TypeError, match="a rank outside the group passes sync=False"):
+                build(torch.randn(9, DIM) if build is fastvq.kmeans else CODES, DIM, process_group=group)
+        return []
+    torch.manual_seed(rank)
+    x = torch.randn(200, DIM) + 3 * rank
+    found = fastvq.kmeans([x[:0], x[:150], x[150:]] if rank == 1 else [x], CODES, process_group=group)
+    options = {"no_random_restart": False, "process_group": group}
+    clustered = fastvq.EMACodebook(CODES, DIM, init="kmeans", **options)
+    clustered(x[:0] if rank == 1 else x)
+    module = fastvq.EMACodebook(CODES, DIM, **options)
+    module = copy.deepcopy(module)
+    states = steps(module, rank, 20)
+    learned = trained_codebook(process_group=group)
+    states += steps(learned, rank, 5)
+    restored = pickle.loads(pickle.dumps(learned))
+    assert torch.equal(restored.eval()(x).indices, learned.eval()(x).indices)
+    with pytest.raises(RuntimeError, match=r"assign module\.process_group"):
+        restored.train()(x)
+    restored.load_state_dict(learned.state_dict())
+    restored.process_group = group
+    return [found._asdict(), copy_of(clustered.state_dict()), *states, *steps(restored, rank, 2)]
 
 
 def loaded_by_rank_0(rank):

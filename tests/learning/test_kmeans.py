@@ -5,8 +5,8 @@ import torch
 
 import fastvq
 from fastvq import reference
-from fastvq.learning import kmeans as clustering
-from fastvq.learning import seeding
+from fastvq.common.distributed import ALL
+from fastvq.learning import greedy, seeding
 from fastvq.testing.measure import peak_extra_memory
 
 
@@ -91,11 +91,10 @@ def test_fewer_distinct_tokens_than_codes_are_all_found(n_distinct):
     assert (torch.cdist(found.codes, x).amin(0) < 3 * 40 * 2.0**-24 * 3**0.5).all()
 
 
-def test_codes_that_lost_their_tokens_restart(monkeypatch):
+def test_codes_that_lost_their_tokens_restart():
     x = torch.cat([torch.rand(100, 2), torch.rand(100, 2) + 50])
-    # All candidates in one place, so that all but a few codes are empty at first.
-    monkeypatch.setattr(clustering, "pick_codes", lambda candidates, *args: torch.zeros(20, 2))
-    found = fastvq.kmeans(x, 20)
+    # All codes in one place, so that all but one are empty at first.
+    found = fastvq.kmeans(x, 20, init=torch.zeros(20, 2))
     assert found.counts.min() > 0
     assert found.inertia < 40
 
@@ -105,17 +104,17 @@ def test_drawn_rows_follow_their_weights_without_replacement():
     values, weights = torch.arange(5.0)[:, None], torch.tensor([0.0, 1, 2, 3, 4])
     firsts = torch.zeros(5)
     for _ in range(3000):
-        rows = seeding.draw_rows([(values[:2], weights[:2]), (values[2:], weights[2:])], 1, generator, sync=True)
+        rows = seeding.draw_rows([(values[:2], weights[:2]), (values[2:], weights[2:])], 1, generator, ALL)
         firsts[int(rows)] += 1
     # Six standard deviations of a share of 3,000 are at most 3/√3000.
     assert ((firsts / 3000 - weights / 10).abs() < 0.055).all()
     assert firsts[0] == 0
-    rows = seeding.draw_rows([(values, weights)], 9, generator, sync=True)
+    rows = seeding.draw_rows([(values, weights)], 9, generator, ALL)
     assert torch.equal(rows[:, 0].sort().values, torch.arange(1.0, 5))
 
 
 def test_it_never_holds_a_matrix_of_tokens_by_codes(monkeypatch):
-    monkeypatch.setattr(seeding, "_TURNS", 4)  # the profiler behind the measurement is slow
+    monkeypatch.setattr(greedy, "_TURNS", 4)  # the profiler behind the measurement is slow
     x = torch.randn(20_000, 2)
     peak = peak_extra_memory(lambda: fastvq.kmeans(x, 1000, max_iterations=1), torch.device("cpu"))
     assert peak < 4 * 20_000 * 1000 / 4

@@ -105,21 +105,21 @@ def test_merged_draws_are_fair_to_every_token():
 def test_ranks_that_were_seeded_alike_agree_on_one_fair_draw(sizes, monkeypatch):
     """The collectives of three ranks, played by one process: once for all keys, then with the smallest of them."""
     draws = [restart.Draw(torch.full((9000, 2), float(r + 1)), torch.tensor(n)) for r, n in enumerate(sizes)]
-    monkeypatch.setattr(distributed, "is_distributed", lambda sync=True: True)
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor: tensor)
+    monkeypatch.setattr(distributed, "is_distributed", lambda ranks: True)
+    monkeypatch.setattr(distributed, "world_size", lambda ranks: 3)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor, ranks: tensor)
 
     def run(all_reduce_min):
         monkeypatch.setattr(distributed, "all_reduce_min", all_reduce_min)
         for rank, draw in enumerate(draws):
             torch.manual_seed(0)
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            yield restart.over_ranks(draw, sync=True)
+            monkeypatch.setattr(distributed, "rank", lambda ranks, rank=rank: rank)
+            yield restart.over_ranks(draw, distributed.ALL)
 
     keys = []
-    list(run(lambda tensor: keys.append(tensor) or tensor))
+    list(run(lambda tensor, ranks: keys.append(tensor) or tensor))
     smallest = torch.stack(keys).amin(0)
-    rows, found = zip(*run(lambda tensor: smallest), strict=True)
+    rows, found = zip(*run(lambda tensor, ranks: smallest), strict=True)
     assert len({bool(one) for one in found}) == 1
     assert found[0] == (sum(sizes) > 0)
     owners = sum(rows)[:, 0].long()

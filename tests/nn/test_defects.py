@@ -129,8 +129,8 @@ def test_two_sums_over_the_ranks_per_step_with_the_graph_attached(monkeypatch):
         reduced.clear()
         with monkeypatch.context() as patch:
             patch.setattr(dist, "is_initialized", lambda: True)
-            patch.setattr(dist, "get_world_size", lambda: 2)
-            patch.setattr(dist, "get_rank", lambda: 0)
+            patch.setattr(dist, "get_world_size", lambda group=None: 2)
+            patch.setattr(dist, "get_rank", lambda group=None: 0)
             patch.setattr(dist, "broadcast", lambda *args: None)
             patch.setattr(dist, "all_reduce", all_reduce)
             module(torch.randn(1, 30, 4, requires_grad=True))

@@ -16,8 +16,10 @@ PAIR = (
     "data_parallel",
     "data_parallel_without_broadcast",
     "fully_sharded",
+    "cast_by_fsdp",
     "loaded_by_rank_0",
     "clustered",
+    "clustered_with_weights",
     "accumulated",
     "far_from_zero",
     "compiled",
@@ -53,6 +55,11 @@ def run(programs, world_size, folder):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     return run(("with_restart", "without_restart"), 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return run(("subgroup",), 3, tmp_path_factory.mktemp("three"))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +148,28 @@ def test_wrapped_models_learn_what_one_process_learns(two, program):
     assert_close(two[program][0][0], model[1].state_dict(), 1e-5)
 
 
+def test_a_cast_of_the_buffers_by_fsdp_changes_no_bit(two):
+    plain, cast = two["cast_by_fsdp"][0]
+    for name, value in plain.items():
+        assert torch.equal(cast[name], value), name
+
+
+def test_a_codebook_of_some_ranks_is_theirs_alone(three):
+    outside, *members = three["subgroup"]
+    assert outside == []
+    assert_same_on_every_rank(members)
+    found, clustered, *states = members[0]
+    assert found["counts"].sum() == 400
+    assert clustered["N"].sum() > CODES
+    module = trained_codebook()
+    for step in range(5):
+        module(torch.cat(real_tokens(step, (1, 2))))
+        assert_close(states[20 + step], module.state_dict())
+    for step in range(2):
+        module(torch.cat(real_tokens(step, (1, 2))))
+        assert_close(states[25 + step], module.state_dict())
+
+
 def test_compiled_models_count_the_tokens_of_all_ranks(two):
     (state,) = two["compiled_data_parallel"][0]
     n_tokens = 60
@@ -161,6 +190,20 @@ def test_kmeans_sees_the_tokens_of_all_ranks(two):
     # The ranks' tokens lie 6 apart; codes of one rank's tokens alone would leave 36 per token of the other.
     assert found["inertia"] / 400 < 36
     assert state["N"].sum() > CODES
+
+
+def test_kmeans_of_all_ranks_has_exact_means_far_from_zero(two):
+    (found,) = two["clustered_with_weights"][0]
+    *x, weights, labels = found["tokens"][found["tokens"][:, -1] >= 0].double().T
+    x, labels = torch.stack(x, 1), labels.long()
+    assert len(x) == 250
+    assert torch.equal(found["counts"], torch.bincount(labels))
+    for k in range(3):
+        mine = labels == k
+        mean = (weights[mine, None] * (x[mine] - 1e6)).sum(0) / weights[mine].sum() + 1e6
+        assert ((found["codes"][k] - mean).abs() <= 0.5001 * 2**-4).all()  # half a unit of float32 at 1e6
+    inertia = (weights * (x - found["codes"].double()[labels]).square().sum(1)).sum()
+    assert found["inertia"] == pytest.approx(float(inertia), rel=1e-9)
 
 
 def test_ranks_may_accumulate_different_numbers_of_batches(two):

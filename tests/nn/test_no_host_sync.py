@@ -34,7 +34,7 @@ def test_the_check_notices_a_wait():
 def as_on_a_gpu(monkeypatch):
     """No function looks at values, as on a GPU."""
     monkeypatch.setattr("fastvq.functional._check_range", lambda indices, n_codes: None)
-    for module in ("learning.restart", "nn.overflow"):
+    for module in ("learning.restart", "nn.first_codes", "nn.overflow"):
         monkeypatch.setattr(f"fastvq.{module}.may_read", lambda tensor: False)
 
 
@@ -54,3 +54,16 @@ def test_a_training_step_does_not_wait(as_on_a_gpu, kernel_device, deterministic
     finally:
         torch.use_deterministic_algorithms(before)
     assert x.grad is not None
+
+
+def test_first_codes_of_unknown_buffers_do_not_wait(as_on_a_gpu, kernel_device):
+    """The first step, and steps of ``functional_call``: the device decides from the buffers."""
+    modules = [fastvq.EMACodebook(11, 4, backend="triton", device=kernel_device) for _ in range(2)]
+    x = torch.randn(20, 4, device=kernel_device)
+    with NoWaiting():
+        modules[0](x)
+        for _ in range(2):
+            torch.func.functional_call(modules[0], dict(modules[1].named_buffers()), (x,))
+    for module in modules:
+        codes = module.embeddings[module.N < 0.995]
+        assert (codes[:, None] == x).all(2).any(1).all()

@@ -27,9 +27,10 @@ def from_halves(low, high):
 
 
 @triton.jit
-def average(p_z, p_sums, o_e, m_e, decay):
-    """The new averages in float64, 0 where masked."""
-    b_z = tl.load(p_z + o_e, mask=m_e, other=0.0).to(tl.float64)
+def average(p_z, p_embeddings, p_sums, o_e, m_e, m_starts, decay):
+    """The new averages in float64, 0 where masked; those of ``m_starts`` start from the codes."""
+    b_e = tl.load(p_embeddings + o_e, mask=m_e & m_starts, other=0.0)
+    b_z = tl.where(m_starts, b_e, tl.load(p_z + o_e, mask=m_e & ~m_starts, other=0.0)).to(tl.float64)
     return b_z * decay + tl.load(p_sums + o_e, mask=m_e, other=0.0) * (1.0 - decay)
 
 
@@ -40,8 +41,8 @@ def average(p_z, p_sums, o_e, m_e, decay):
     ]
 )  # fmt: skip
 def ema_kernel(
-    p_embeddings,  # [K, D] float32, written
-    p_n,  # [K] float32, written
+    p_embeddings,  # [K, D] float32, read and written
+    p_n,  # [K] float32, read and written
     p_z,  # [K, D] float32, read and written
     p_moved,  # [K] float64: the new N before restarts
     p_total,  # [] float64: its sum
@@ -75,16 +76,18 @@ def ema_kernel(
     b_total = tl.broadcast_to(tl.load(p_total), [BK])
     b_n = tl.load(p_moved + o_k, mask=m_k, other=1.0)
     b_factor = 1.0 / ((b_n + smoothing) / (b_total + K * smoothing) * b_total)
+    # Before a token was ever counted there is nothing to divide by: code and average stay.
+    is_counted = m_k & (b_n > 0)
+    starts = is_counted & (tl.load(p_n + o_k, mask=m_k, other=1.0) == 0)
     b_largest = tl.zeros([BK], tl.float64)
     for d in range(0, D, BD):
         o_d = d + tl.arange(0, BD)  # [BD]
         o_e = o_k[:, None] * D + o_d[None, :]
         m_e = m_k[:, None] & (o_d < D)[None, :]
-        b_z = tl.abs(average(p_z, p_sums, o_e, m_e, decay))  # [BK, BD]
+        b_z = tl.abs(average(p_z, p_embeddings, p_sums, o_e, m_e, starts[:, None], decay))  # [BK, BD]
         # The comparison turns NaN into infinity.
         b_largest = tl.maximum(b_largest, tl.max(tl.where(b_z < INFINITE, b_z, float("inf")), 1))
-    has_moved = m_k & (b_total > 0)
-    stays = has_moved & ~((b_largest < INFINITE) & (b_largest * b_factor < INFINITE))
+    stays = is_counted & ~((b_largest < INFINITE) & (b_largest * b_factor < INFINITE))
     tl.store(p_stays + o_k, stays, mask=m_k)
     if p_rows is not None:
         threshold = from_halves(threshold_low, threshold_high)
@@ -94,8 +97,7 @@ def ema_kernel(
         if RESETS:
             b_n = tl.where(restarts, 1.0, b_n)
     tl.store(p_n + o_k, b_n, mask=m_k & ~stays)
-    # Before any token was ever counted there is nothing to divide by: codes and averages stay.
-    m_z = has_moved & ~stays
+    m_z = is_counted & ~stays
     m_moved = m_z
     if p_rows is not None:
         m_moved |= restarts
@@ -105,7 +107,7 @@ def ema_kernel(
         o_d = d + tl.arange(0, BD)  # [BD]
         o_e = o_k[:, None] * D + o_d[None, :]
         m_e = m_k[:, None] & (o_d < D)[None, :]
-        b_z = average(p_z, p_sums, o_e, m_e & ~stays[:, None], decay)  # [BK, BD]
+        b_z = average(p_z, p_embeddings, p_sums, o_e, m_e & ~stays[:, None], starts[:, None], decay)  # [BK, BD]
         b_e = b_z * b_factor[:, None]
         if p_rows is not None:
             b_row = tl.load(p_rows + o_e, mask=m_e & restarts[:, None], other=0.0)
@@ -132,7 +134,8 @@ def ema_step(
 ) -> Tensor:
     """Takes the fields of `fastvq.common.ema_step.EMAStep` in their order; the state is dense. Returns who stayed."""
     K, D = embeddings.shape
-    moved = N.double() * decay + counts * (1 - decay)
+    before = torch.where(N > 0, N, (counts > 0).to(N.dtype))  # an average that starts counts once
+    moved = before.double() * decay + counts * (1 - decay)
     block_k, block_d = EMA.blocks(D)
     threshold, per_token = (restart_thres, 0.0) if restart_thres_relative is None else (0.0, restart_thres_relative / K)
     stays = torch.empty(K, dtype=torch.bool, device=N.device)
