@@ -52,6 +52,17 @@ class Batches:
             raise ValueError("x must hold at least one batch, got none")
 
 
+class Moved:
+    """``batches`` on ``device``."""
+
+    def __init__(self, batches: TokenBatches, device: torch.device) -> None:
+        self._batches, self._device = batches, device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for tokens, real in self._batches:
+            yield tokens.to(self._device), real.to(self._device)
+
+
 def flatten(tokens: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
     """Tokens as float32 ``[n, D]``, of norm 1 for the cosine, and which are real and finite, bool ``[n]``."""
     rows = tokens.detach().reshape(-1, tokens.shape[-1]).float()

@@ -10,9 +10,10 @@ from torch import Tensor
 from fastvq.backends.operators import backend_for
 from fastvq.common import distributed
 from fastvq.common.checks import check_choice, check_count, check_floating, check_mask
+from fastvq.common.devices import float64_device
 from fastvq.common.directions import directions_or
 from fastvq.functional import search_codes
-from fastvq.learning.batches import Batches, TokenBatches, flatten
+from fastvq.learning.batches import Batches, Moved, TokenBatches, flatten
 from fastvq.learning.seeding import draw_rows, pick_codes
 
 # Rounds that draw candidates with odds of their squared distance, after one that draws evenly.
@@ -121,7 +122,8 @@ def cluster(
 ) -> KMeans | None:
     """:func:`kmeans` of flattened ``batches``; None where no rank has a token."""
     first = next(tokens for tokens, _ in batches)
-    device, chosen = first.device, backend_for(first, backend)
+    device = float64_device(first.device)
+    batches, chosen = Moved(batches, device), backend_for(first.to(device), backend)
     drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(device)
     seed = int(distributed.broadcast_from_rank_0(drawn, sync))
     together = torch.Generator(device).manual_seed(seed)
@@ -176,7 +178,7 @@ def cluster(
             rows = draw_far(len(empty), moved)
             moved[empty[: len(rows)]] = rows
         codes, previous, had_converged = moved, float(inertia), has_converged
-    return KMeans(codes, counts.long(), float(inertia), iteration)
+    return KMeans(codes.to(first.device), counts.long().to(first.device), float(inertia), iteration)
 
 
 @contextmanager
