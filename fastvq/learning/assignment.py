@@ -1,5 +1,7 @@
 """Passes of k-means over the tokens of all ranks: each token's nearest code, and what that says of the codes."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,12 +38,22 @@ class Assignment(NamedTuple):
     pulls: Tensor  # float64 [K, D], Σ w (x - e_k)
     inertia: float  # Σ w |x - e_k|², over all k
 
+    def to(self, device: torch.device) -> Assignment:
+        """The results on ``device``; what the iterations need stays."""
+        return self._replace(labels=[labels.to(device) for labels in self.labels], counts=self.counts.to(device))
+
 
 class Tokens:
-    """Tokens ``[n, D]`` of all ranks, batch by batch; ``weights [n]``, float64, where there is one batch."""
+    """Tokens ``[n, D]`` of all ranks, batch by batch, on ``device``, which has float64.
 
-    def __init__(self, batches: TokenBatches, weights: Tensor | None, backend: Backend, ranks: Ranks) -> None:
+    ``weights [n]``, float64, where there is one batch.
+    """
+
+    def __init__(
+        self, batches: TokenBatches, weights: Tensor | None, device: torch.device, backend: Backend, ranks: Ranks
+    ) -> None:
         self._batches = batches
+        self._device = device
         self._is_fixed = not isinstance(batches, Batches) or batches.is_fixed
         self._weights = weights
         self._backend = backend
@@ -97,7 +109,8 @@ class Tokens:
 
     def _weighted(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens, which are real, and their weights, 0 for one that is not."""
-        for tokens, real in self._batches:
+        for batch in self._batches:
+            tokens, real = (tensor.to(self._device) for tensor in batch)
             yield tokens, real, real.double() if self._weights is None else torch.where(real, self._weights, 0)
 
     def _odds(self, codes: Tensor, start: int, known: list[_Known]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastvq.backends.operators import backend_for
 from fastvq.common import distributed
+from fastvq.common.devices import float64_device
 from fastvq.common.directions import directions_or
 from fastvq.common.distributed import Ranks
 from fastvq.learning.assignment import Assignment, Tokens
@@ -53,11 +54,12 @@ def cluster(
     ``init`` may hold the start ``[K, D]``; ``weights [n]`` float64 belong to the only batch.
     """
     first = next(tokens for tokens, _ in batches)
-    tokens = Tokens(batches, weights, backend_for(first, backend), ranks)
-    drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(first.device)
+    device = float64_device(first.device)
+    tokens = Tokens(batches, weights, device, backend_for(first.to(device), backend), ranks)
+    drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(device)
     seed = int(distributed.broadcast_from_first(drawn, ranks))
-    own = torch.Generator(first.device).manual_seed(seed + 1 + distributed.rank(ranks))
-    together = torch.Generator(first.device).manual_seed(seed)
+    own = torch.Generator(device).manual_seed(seed + 1 + distributed.rank(ranks))
+    together = torch.Generator(device).manual_seed(seed)
 
     n = max(n_codes, _LEAST_CANDIDATES) if init == "k-means++" else n_codes
     seeds = tokens.draw(n, own)
@@ -66,12 +68,13 @@ def cluster(
     if init == "k-means++":
         seeds = pick_codes(*tokens.spread(seeds, n, _ROUNDS, own), n_codes, together)
     elif isinstance(init, Tensor):
-        seeds = init
+        seeds = init.to(device)
     # Fewer distinct tokens than codes: the codes repeat.
-    seeds = seeds[torch.arange(n_codes, device=first.device) % len(seeds)]
-    return _iterate(
+    seeds = seeds[torch.arange(n_codes, device=device) % len(seeds)]
+    best = _iterate(
         tokens, distributed.broadcast_from_first(seeds, ranks), max_iterations, metric, tolerance, own, report
     )
+    return best._replace(codes=best.codes.to(first.device), found=best.found.to(first.device))
 
 
 def _iterate(
