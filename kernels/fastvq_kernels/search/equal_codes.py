@@ -23,17 +23,16 @@ def mixed(h):
 
 
 @triton.jit
-def slot_of(b_hash, table: tl.constexpr, LOG_SLOTS: tl.constexpr):
+def slot_of(b_hash, table: tl.constexpr, log_slots):
     """Slot of a hash in one of the tables."""
-    return table * (1 << LOG_SLOTS) + (mixed(b_hash + table * 0x3C6EF372) >> (32 - LOG_SLOTS)).to(tl.int64)
+    return (table << log_slots) + (mixed(b_hash + table * 0x3C6EF372) >> (32 - log_slots).to(tl.uint32)).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["K", "log_slots"])
 def measure_rows_kernel(
     codes, hashes, sizes, table,
-    K,
+    K, log_slots,
     D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
-    LOG_SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One program measures BK codes of one head: a hash, the same for equal codes, and the largest absolute value.
 
@@ -66,20 +65,20 @@ def measure_rows_kernel(
     earlier = (b_hash[:, None] == b_hash[None, :]) & (o_b[None, :] < o_b[:, None])  # [BK, BK]
     m_first = m_k & (tl.max(earlier.to(tl.int32), axis=1) == 0)
     for i in tl.static_range(TABLES):
-        p_slot = table + i_h * (TABLES << LOG_SLOTS) + slot_of(b_hash, i, LOG_SLOTS)
+        p_slot = table + i_h * (TABLES << log_slots) + slot_of(b_hash, i, log_slots)
         tl.atomic_max(p_slot, (K - o_k).to(tl.int32), mask=m_first, sem="relaxed")
 
 
 @triton.jit
 def repeats(
-    codes, hashes, table, i_h, o_k, m_k, K,
-    D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, LOG_SLOTS: tl.constexpr,
+    codes, hashes, table, i_h, o_k, m_k, K, log_slots,
+    D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Whether a code that equals o_k [BK] has a lower index."""
     b_hash = tl.load(hashes + i_h * K + o_k, mask=m_k, other=0)
     b_repeats = tl.zeros([BK], tl.int32)
     for i in tl.static_range(TABLES):
-        p_slot = table + i_h * (TABLES << LOG_SLOTS) + slot_of(b_hash, i, LOG_SLOTS)
+        p_slot = table + i_h * (TABLES << log_slots) + slot_of(b_hash, i, log_slots)
         b_first = K - tl.load(p_slot, mask=m_k, other=0).to(tl.int64)
         m_first = m_k & (b_first < o_k)
         b_other = tl.load(hashes + i_h * K + b_first, mask=m_first, other=0)
@@ -107,7 +106,7 @@ def measure_rows(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sizes = torch.empty(H, K, dtype=torch.float32, device=codes.device)
     table = torch.zeros(H, TABLES.value << log_slots(K), dtype=torch.int32, device=codes.device)
     measure_rows_kernel[(cdiv(K, 64), H)](
-        codes, hashes, sizes, table, K,
-        D=D, BK=64, BD=column_chunk(D), WIDE=codes.dtype == torch.float64, LOG_SLOTS=log_slots(K),
+        codes, hashes, sizes, table, K, log_slots(K),
+        D=D, BK=64, BD=column_chunk(D), WIDE=codes.dtype == torch.float64,
     )  # fmt: skip
     return hashes, sizes, table

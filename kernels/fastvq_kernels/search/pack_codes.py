@@ -65,11 +65,11 @@ def load_code(p_e, b_inv, p_shift, o_d, m_d, m_e, b_scale, WIDE: tl.constexpr, U
     return tl.where(m_e, (b_e - b_m) * b_scale, 0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["K", "log_slots"])
 def pack_codes_kernel(
     codes, inverse, hashes, table, shift, scale, offset, mean_sq, half, low, bias, fine, half_sq, length,
-    K, KP, K_bias,
-    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, LOG_SLOTS: tl.constexpr,
+    K, KP, K_bias, log_slots,
+    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     WIDE: tl.constexpr, UNIT: tl.constexpr, EUCLIDEAN: tl.constexpr, SPLIT: tl.constexpr,
     INFLATE: tl.constexpr, LAMBDA: tl.constexpr, LAMBDA_FINE: tl.constexpr, ORACLE: tl.constexpr,
     UNIT_ERROR: tl.constexpr, ERROR: tl.constexpr, FINE_ERROR: tl.constexpr, REFINEMENT: tl.constexpr,
@@ -116,7 +116,7 @@ def pack_codes_kernel(
         tl.store(half + o_half, b_half, mask=(o_k < KP)[:, None])
 
     can_win = m_k & (b_finite == 1)
-    can_win &= ~repeats(codes, hashes, table, i_h, o_k, m_k, K, D, BK, BD, LOG_SLOTS)
+    can_win &= ~repeats(codes, hashes, table, i_h, o_k, m_k, K, log_slots, D, BK, BD)
     b_len = tl.sqrt(b_sq) * INFLATE
     # What was rounded before the residual was taken, what the oracle rounds, and for cosine the unit vectors.
     b_raw = b_scale if UNIT else b_len + tl.load(offset + i_h)
@@ -180,8 +180,8 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     block_k = 64
     pack_codes_kernel[(cdiv(K_bias, block_k), H)](
         codes, inverse, hashes, table, shift, scale, offset, mean_sq, half, low, bias, fine, half_sq, length,
-        K, KP, K_bias,
-        D=D, DP=DP, BK=block_k, BD=min(DP, 32), LOG_SLOTS=log_slots(K),
+        K, KP, K_bias, log_slots(K),
+        D=D, DP=DP, BK=block_k, BD=min(DP, 32),
         WIDE=working == torch.float64, UNIT=unit, EUCLIDEAN=euclidean, SPLIT=split,
         INFLATE=bounds.norm_inflation(D), LAMBDA=bounds.balance(split), LAMBDA_FINE=bounds.balance(True),
         ORACLE=bounds.ORACLE * bounds.UP, UNIT_ERROR=bounds.UNIT if unit else 0.0, TINY=bounds.TINY, UP=bounds.UP,
