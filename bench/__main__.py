@@ -18,12 +18,13 @@ from bench.harness.machine import facts, limit_memory
 from bench.harness.options import Options
 from bench.harness.run import Group, run
 from bench.harness.store import Store
-from bench.plans import accuracy, kmeans, means, memory, models, roofline, scaling
+from bench.plans import accuracy, kmeans, means, memory, models, roofline, scaling, worst
 from bench.report import files as report
 
 PLANS: dict[str, Callable[[Options], Iterator[Group]]] = {
     "search": models.search,
     "train": models.train,
+    "worst": worst.plan,
     "memory": memory.plan,
     "accuracy": accuracy.plan,
     "means": means.plan,

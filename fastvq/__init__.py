@@ -1,6 +1,8 @@
 """Exact vector quantization without the [tokens, codes] matrix."""
 
 from fastvq import reference
+from fastvq.backends.portable import portable
+from fastvq.backends.prepared import PreparedCodebook, prepare
 from fastvq.functional import code_statistics, lookup, nearest_code, quantize
 from fastvq.learning.kmeans import KMeans, kmeans
 from fastvq.nn.ema_codebook import EMACodebook
@@ -14,11 +16,14 @@ __version__ = "0.1.0"
 __all__ = [
     "EMACodebook",
     "KMeans",
+    "PreparedCodebook",
     "Quantized",
     "code_statistics",
     "kmeans",
     "lookup",
     "nearest_code",
+    "portable",
+    "prepare",
     "quantize",
     "reference",
 ]

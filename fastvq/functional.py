@@ -6,13 +6,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastvq.backends.base import Backend
-from fastvq.backends.codebook_cache import CodebookCache
-from fastvq.backends.operators import backend_for, is_traced
+from fastvq.backends.base import Backend, Cache
+from fastvq.backends.operators import backend_for, is_jit_tracing, is_traced
+from fastvq.backends.portable import is_portable
+from fastvq.backends.prepared import PreparedCodebook
 from fastvq.common.checks import check_lookup, check_mask, check_search, check_statistics
+from fastvq.common.devices import float64_device
 from fastvq.common.token_sums import TokenSums
 from fastvq.reference import Quantized
-from fastvq.straight_through import StraightThrough, commitment_loss
+from fastvq.straight_through import StraightThrough, commitment_loss, straight_through
 
 # Float64 values in a block of distances (8 MiB).
 _BLOCK_VALUES = 1 << 20
@@ -21,7 +23,7 @@ _BLOCK_VALUES = 1 << 20
 @overload
 def nearest_code(
     x: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | PreparedCodebook,
     *,
     metric: str = ...,
     return_distance: Literal[False] = ...,
@@ -31,7 +33,7 @@ def nearest_code(
 @overload
 def nearest_code(
     x: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | PreparedCodebook,
     *,
     metric: str = ...,
     return_distance: Literal[True],
@@ -40,7 +42,7 @@ def nearest_code(
 ) -> tuple[Tensor, Tensor]: ...
 def nearest_code(
     x: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | PreparedCodebook,
     *,
     metric: str = "euclidean",
     return_distance: bool = False,
@@ -55,7 +57,7 @@ def nearest_code(
 
     Args:
         x: tokens ``[..., D]``, floating; or ``[H, ..., D]`` with one codebook per head.
-        codebook: codes ``[K, D]`` or ``[H, K, D]``, floating, K ≥ 1.
+        codebook: codes ``[K, D]`` or ``[H, K, D]``, floating, K ≥ 1, perhaps prepared (:func:`fastvq.prepare`).
         metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
         return_distance: also return the squared distances (the similarities for the other two metrics).
         mask: bool ``[...]``, True for a real token. Default: all.
@@ -69,16 +71,21 @@ def nearest_code(
         TypeError: an argument is not a floating tensor, or ``mask`` is not boolean.
         ValueError: shapes or devices do not match, ``metric`` or ``backend`` is unknown, or the backend cannot run.
     """
-    check_search(x, codebook, metric)
+    codes, cache = _codes_of(codebook)
+    check_search(x, codes, metric)
     check_mask(mask, x)
-    indices = search_codes(x, codebook, metric, mask, backend_for(x, backend))
+    indices = search_codes(x, codes, metric, mask, backend_for(x, backend), cache)
     if not return_distance:
         return indices
-    return indices, _distance(x.detach(), codebook.detach(), indices, metric)
+    return indices, _distance(x.detach(), codes.detach(), indices, metric)
+
+
+def _codes_of(codebook: Tensor | PreparedCodebook) -> tuple[Tensor, PreparedCodebook | None]:
+    return (codebook.codes, codebook) if isinstance(codebook, PreparedCodebook) else (codebook, None)
 
 
 def search_codes(
-    x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: Backend, cache: CodebookCache | None = None
+    x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None, backend: Backend, cache: Cache | None = None
 ) -> Tensor:
     """:func:`nearest_code` of checked arguments; ``cache`` keeps the packed codebook ``[K, D]``."""
     tokens = x.detach().reshape(*codebook.shape[:-2], -1, x.shape[-1])
@@ -90,19 +97,22 @@ def search_codes(
 
 def _distance(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
     """Squared distances, or similarities, of tokens and their codes, summed in float64 and rounded to float32."""
-    tokens = x.reshape(-1, x.shape[-1])
-    codes = _gather(indices, codebook).reshape(tokens.shape)
-    if torch.compiler.is_compiling():  # the compiler makes one loop of it, without temporaries
-        values = _pair_values(tokens, codes, metric)
+    home, precise = float64_device(x.device), torch.float64
+    if is_portable():  # other runtimes may lack float64
+        home, precise = x.device, torch.promote_types(x.dtype, torch.float32)
+    tokens = x.reshape(-1, x.shape[-1]).to(home)
+    codes = _gather(indices, codebook).reshape(tokens.shape).to(home)
+    if is_traced(x):  # the number of blocks would be recorded; a compiler makes one loop, without temporaries
+        values = _pair_values(tokens, codes, metric, precise)
     else:
         rows = max(1, _BLOCK_VALUES // x.shape[-1])
         blocks = zip(tokens.split(rows), codes.split(rows), strict=True)
-        values = torch.cat([_pair_values(*block, metric) for block in blocks])
-    return torch.where(indices < 0, torch.nan, values.view(indices.shape))
+        values = torch.cat([_pair_values(*block, metric, precise) for block in blocks])
+    return torch.where(indices < 0, torch.nan, values.view(indices.shape).to(x.device))
 
 
-def _pair_values(tokens: Tensor, codes: Tensor, metric: str) -> Tensor:
-    tokens, codes = tokens.double(), codes.double()
+def _pair_values(tokens: Tensor, codes: Tensor, metric: str, precise: torch.dtype) -> Tensor:
+    tokens, codes = tokens.to(precise), codes.to(precise)
     if metric == "euclidean":
         return (tokens - codes).square().sum(1).float()
     product = (tokens * codes).sum(1)
@@ -157,12 +167,13 @@ def code_statistics(
     flat, n_rows = x.detach().reshape(-1, x.shape[-1]), n_codes * math.prod(leading)
     counts, sums = backend_for(x, backend).statistics(flat, indices.reshape(-1), n_rows, deterministic)
     rounded = sums.all(torch.float32) if isinstance(sums, TokenSums) else sums.float()
-    return counts.float().view(*leading, n_codes), rounded.view(*leading, n_codes, x.shape[-1])
+    shape = *leading, n_codes
+    return counts.float().to(x.device).view(shape), rounded.to(x.device).view(*shape, x.shape[-1])
 
 
 def quantize(
     x: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | PreparedCodebook,
     *,
     commitment_weight: float = 0.25,
     mask: Tensor | None = None,
@@ -188,10 +199,11 @@ def quantize(
     Raises:
         TypeError, ValueError: as :func:`nearest_code`.
     """
-    check_search(x, codebook, "euclidean")
+    codes, cache = _codes_of(codebook)
+    check_search(x, codes, "euclidean")
     check_mask(mask, x)
-    indices = search_codes(x, codebook, "euclidean", mask, backend_for(x, backend))
-    quantized, loss = pass_through(x, codebook, indices, mask, commitment_weight)
+    indices = search_codes(x, codes, "euclidean", mask, backend_for(x, backend), cache)
+    quantized, loss = pass_through(x, codes, indices, mask, commitment_weight)
     return Quantized(quantized, indices, loss)
 
 
@@ -200,10 +212,16 @@ def pass_through(
 ) -> tuple[Tensor, Tensor]:
     """``quantized`` and ``loss`` of :func:`quantize` for the ``indices`` found."""
     codes = _gather(indices, codebook.detach())
-    return StraightThrough.apply(x, codes, indices, mask), commitment_loss(x, codes, indices, commitment_weight)
+    loss = commitment_loss(x, codes, indices, commitment_weight)
+    if is_portable():
+        return straight_through(x, codes, indices, mask, passes_gradient=False), loss
+    if not is_traced(x):
+        return StraightThrough.apply(x, codes, indices, mask), loss
+    # `torch.jit.trace` compares with a second trace, made without gradients: the two must not differ.
+    return straight_through(x, codes, indices, mask, x.requires_grad or is_jit_tracing()), loss
 
 
-def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
+def lookup(indices: Tensor, codebook: Tensor | PreparedCodebook) -> Tensor:
     """The codes of given indices: ``codebook[indices]``, and a zero row for -1. Differentiable in ``codebook``.
 
     Args:
@@ -217,6 +235,7 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
         TypeError: ``indices`` is not int64 or int32, or ``codebook`` not floating.
         ValueError: shapes or devices do not match, or ``indices`` on the CPU leave their range.
     """
+    codebook, _ = _codes_of(codebook)
     check_lookup(indices, codebook)
     _check_range(indices, codebook.shape[-2])
     return torch.where(indices[..., None] < 0, 0, _gather(indices, codebook))

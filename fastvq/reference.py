@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from fastvq.common.distributed import all_reduce_sum, broadcast_from_rank_0
 from fastvq.common.ema_step import EMAStep, is_dead, must_stay
@@ -27,6 +28,10 @@ class Quantized(NamedTuple):
     quantized: Tensor
     indices: Tensor
     loss: Tensor
+
+
+# torch.export saves a named tuple as the result of a program by this name only.
+_register_namedtuple(Quantized, serialized_type_name="fastvq.Quantized")
 
 
 def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:

@@ -1,9 +1,20 @@
-"""The straight-through estimator as an autograd function, and the commitment loss beside it."""
+"""The straight-through estimator, and the commitment loss beside it."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def straight_through(
+    x: Tensor, codes: Tensor, indices: Tensor, mask: Tensor | None, passes_gradient: bool = True
+) -> Tensor:
+    """:class:`StraightThrough` made of plain operators, for calls that are recorded: arguments and result as there."""
+    quantized = torch.where(indices[..., None] >= 0, codes.to(x.dtype), torch.nan)
+    if passes_gradient:
+        # x - x is 0, and NaN beside NaN: values stay as they are.
+        quantized = quantized + (x - x.detach())
+    return quantized if mask is None else torch.where(mask[..., None], quantized, 0)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -23,13 +34,8 @@ class StraightThrough(torch.autograd.Function):
             indices: int64 ``[...]``, -1 for a token without a code, which gets NaN.
             mask: bool ``[...]``, False for padding: zero output, zero gradient.
         """
-        # PyTorch 2.11 compiles no gradient for an output that does not depend on x.
-        nothing = x * torch.nan if torch.compiler.is_compiling() else torch.nan
-        quantized = torch.where(indices[..., None] >= 0, codes.to(x.dtype), nothing)
-        if mask is not None:
-            quantized = torch.where(mask[..., None], quantized, 0)
         ctx.save_for_backward(mask)
-        return quantized
+        return straight_through(x, codes, indices, mask, passes_gradient=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -2,9 +2,12 @@
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from fastvq.testing.worst import WORST
 
 # Distance of a token to its code after training, in standard deviations of the codes.
 _NOISE = 0.1
@@ -118,9 +121,14 @@ def make_inputs(
 ) -> tuple[list[Tensor], Tensor]:
     """``buffers`` batches of tokens ``[N, D]`` or ``[H, N, D]`` and one codebook, drawn on the device.
 
-    ``kind`` is ``"gaussian"`` (standard normal tokens and codes), ``"offset"`` (the same, both plus ``offset``) or
-    ``"near"`` (tokens are codes with noise). A GPU draws other numbers than the CPU.
+    ``kind`` is ``"gaussian"`` (standard normal tokens and codes), ``"offset"`` (the same, both plus ``offset``),
+    ``"near"`` (tokens are codes with noise) or, in one batch that the CPU draws, one of
+    :data:`fastvq.testing.worst.WORST`. A GPU draws other numbers for the others than the CPU.
     """
+    if kind in WORST:
+        drawn = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+        x, codebook = WORST[kind](drawn, problem.tokens, problem.codes, problem.dim)
+        return [x.to(device, problem.dtype)], codebook.to(device, problem.dtype)
     generator = torch.Generator(device=device).manual_seed(seed)
     heads = (problem.heads,) if problem.heads > 1 else ()
 

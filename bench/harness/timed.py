@@ -86,10 +86,15 @@ def fill_times(
     return timings
 
 
-def time_together(rows: Sequence[Row], operation: str, problem: Problem, options: Options) -> list[Row]:
-    """Fill rows of one problem: status, note, version, seconds with percentiles, and the share of wrong indices."""
+def time_together(
+    rows: Sequence[Row], operation: str, problem: Problem, options: Options, kind: str = "gaussian"
+) -> list[Row]:
+    """Fill rows of one problem: status, note, version, seconds with percentiles, and the share of wrong indices.
+
+    ``kind`` is that of :func:`make_inputs`.
+    """
     buffers = max(2, min(4, BATCH_BYTES // (4 * problem.tokens * problem.dim))) if options.device.type == "cuda" else 1
-    batches, codebook = make_inputs(problem, options.device, buffers)
+    batches, codebook = make_inputs(problem, options.device, buffers, kind)
     # All tokens if they are few, otherwise as many as the oracle judges in about a second.
     affordable = max(_LEAST_CHECKED, _CHECKED_TERMS // (problem.codes * problem.dim))
     judged = torch.linspace(0, problem.tokens - 1, min(problem.tokens, _CHECKED_TOKENS, affordable)).long()

@@ -14,6 +14,7 @@ from bench.report.grid import Grid, as_markdown, as_table, without_empty_columns
 _TITLES = {
     "search": "Nearest code, forward only: medians of warm calls in turns; the others' times divided by fastvq's",
     "train": "Training step: medians of warm calls in turns; the others' times divided by fastvq's",
+    "worst": "Worst cases: time of a search over that of the expanded formula, medians of calls in turns",
     "memory": "Peak extra memory of one call",
     "accuracy": "Indices that differ from float64",
     "means": "Error of the mean of a code's tokens, in units in the last place of float32",
@@ -21,6 +22,7 @@ _TITLES = {
     "kmeans": "k-means: medians of three seeds, each with the same tokens and at most as many iterations",
 }
 _SWEEPS = {
+    "worst": tables.worst,
     "memory": tables.memory,
     "accuracy": tables.accuracy,
     "means": tables.means,

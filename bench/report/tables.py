@@ -61,6 +61,19 @@ def timed(title: str, head: Head, rows: Sequence[Row], limits: dict[str, float])
     return Grid(title, [f"{_machine(head)}.", rates], headings, lines, left=3)
 
 
+def worst(title: str, head: Head, rows: Sequence[Row]) -> Grid:
+    """One line per kind of codebook: our time over that of the expanded formula at every size."""
+    sizes = unique([{"size": size(row)} for row in rows], "size")
+    ratios: dict[tuple[str, str], str] = {}
+    for shape in shapes_of(rows):
+        found = {row["contender"]: row for row in shape}
+        ours, formula = found.get(OURS, {}), found.get(EXPANDED, {})
+        ratio = _places(ours["seconds"] / formula["seconds"]) if ran(ours) and ran(formula) else "-"
+        ratios[shape[0]["name"], size(shape[0])] = _with_wrong(ours, ratio)
+    lines = [[name, *(ratios.get((name, here), "") for here in sizes)] for name in unique(rows, "name")]
+    return Grid(title, [f"{_machine(head)}.", _verdict(rows)], ["codebook", *sizes], lines, left=1)
+
+
 def memory(title: str, head: Head, rows: Sequence[Row]) -> Grid:
     """One line per operation and contender: MiB at every number of codes, and how they grow with it."""
     tokens, dim, codes = rows[0]["tokens"], rows[0]["dim"], sorted(unique(rows, "codes"))

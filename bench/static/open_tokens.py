@@ -34,16 +34,14 @@ from fastvq import EMACodebook
 from fastvq.backends.triton import interpreting
 from fastvq.cli.demo.photos import PatchSampler, load_photos, to_tokens
 from fastvq.testing.machine import versions
-from fastvq_kernels.configs import TOKEN_TILE
-from fastvq_kernels.search import bounds
 from fastvq_kernels.search import scan as scan_module
-from fastvq_kernels.search.decide import Exhaustive, decide
+from fastvq_kernels.search.decide import Crowded, decide
 from fastvq_kernels.search.open_tokens import CANDIDATES
-from fastvq_kernels.search.pack_codes import PackedCodebook, pack_codebook
-from fastvq_kernels.search.pack_tokens import PackedTokens, pack_tokens
+from fastvq_kernels.search.pack_codes import pack_codebook
+from fastvq_kernels.search.pack_tokens import pack_tokens
 from fastvq_kernels.search.refine import refine
 from fastvq_kernels.search.rescan import rescan
-from fastvq_kernels.search.scan import Bins
+from fastvq_kernels.search.scan_float64 import SHARES, Float64Bounds, scan_float64
 
 # Pairs of token and code per count: about 20 s in the interpreter.
 _PAIRS = 1 << 24
@@ -63,9 +61,9 @@ def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
     Returns:
         ``by_scan`` tokens proved by the bounds of the scan alone, ``by_two`` by the fp32 values of their two best
         codes, ``open`` for the second scan, which has ``again`` ranges to scan for them, counted for each token. Of
-        these, ``exhaustive`` have more ``candidates`` than there is room for; the others have that many together. The
-        exhaustive tokens walk through ``walked_bins`` in all, and evaluate one code in ``single_bins``. A token has
-        ``bins`` in all, in ``ranges``.
+        these, ``crowded`` have more ``candidates`` than there is room for, and are scanned a third time; the others
+        have that many together. The third scan leaves ``exhaustive`` tokens for the walk. A token has ``bins`` in all,
+        in ``ranges``.
     """
     packed = pack_codebook(codebook, metric, sm_90_config(x.shape[1]))
     tokens = pack_tokens(x[None], packed)
@@ -75,8 +73,7 @@ def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
     # Codes of infinite length have no fp32 bounds, so only the bounds of the scan, which do not use the length, prove.
     blind, _ = refine(x[None], replace(packed, length=torch.full_like(packed.length, torch.inf)), tokens, bins)
     by_scan, proved = int((blind >= 0).sum()), int((indices >= 0).sum())
-    listed = decide(x[None], packed, open_list, rescan(packed, tokens, bins, open_list), indices)
-    walked, single = _bins_walked(packed, tokens, bins, listed)
+    crowded = decide(x[None], packed, open_list, rescan(packed, tokens, bins, open_list), indices)
     at, threshold = open_list.tokens[0, : int(open_list.count)], open_list.factors[0, : int(open_list.count), 2]
     again = _reaching(bins.rest, at, threshold).any(2) & (threshold < torch.inf)[:, None]
     found = open_list.found[0, : int(open_list.count)]
@@ -87,25 +84,32 @@ def count(x: Tensor, codebook: Tensor, metric: str, ranges: int) -> Row:
         "open": int(open_list.count),
         "again": int(again.sum()),
         "candidates": int(found[found <= CANDIDATES].sum()),
-        "exhaustive": int(listed.count),
+        "crowded": int(crowded.count),
+        "exhaustive": ties(crowded, scan_float64(x[None], packed, crowded)),
         "ranges": bins.ranges,
         "bins": bins.per_token,
-        "walked_bins": walked,
-        "single_bins": single,
     }
 
 
-def _bins_walked(packed: PackedCodebook, tokens: PackedTokens, bins: Bins, walked: Exhaustive) -> tuple[int, int]:
-    """Bins that `exhaustive_kernel` walks through, and bins with one code that reaches the threshold of its token."""
-    at = walked.tokens[: int(walked.count)]
-    known = walked.known[: int(walked.count)]
-    scale, norm = tokens.scale[0, at // TOKEN_TILE], tokens.norm[0, at]
-    c = scale / packed.scale
-    c_mean = c * packed.mean_sq
-    eta = 2 * bounds.ORACLE * norm**2 / c if packed.metric == "euclidean" else 0.0
-    threshold = known + c_mean - (known.abs() + c_mean) * (bounds.UP - 1.0) - eta  # `below` of the refinement
-    walk = _reaching(bins.rest, at, threshold)
-    return int(walk.sum()), int((_reaching(bins.best, at, threshold) & ~walk).sum())
+def third_bounds(crowded: Crowded, found: Float64Bounds) -> tuple[Tensor, Tensor, Tensor]:
+    """Upper bounds of the best and of all other codes, and the largest lower bound, of each crowded token of a head."""
+    n, block = int(crowded.count), found.config.block_m
+    tiles = -(-n // block)
+    shares = min(max(found.programs // max(tiles, 1), 1), SHARES)
+    shares = -(-found.steps // -(-found.steps // shares))
+
+    def of_token(values: Tensor) -> Tensor:
+        return values[0, : tiles * shares * block].view(tiles, shares, block).transpose(1, 2).reshape(-1, shares)[:n]
+
+    upper, second, lower = map(of_token, (found.upper, found.second, found.lower))
+    others = upper.scatter(1, upper.argmax(1, keepdim=True), -torch.inf).amax(1)
+    return upper.amax(1), torch.maximum(others, second.amax(1)), lower.amax(1)
+
+
+def ties(crowded: Crowded, found: Float64Bounds) -> int:
+    """Crowded tokens of one head that the third scan does not prove, as `exhaustive_kernel` finds them."""
+    _, others, lower = third_bounds(crowded, found)
+    return int((~(others < lower)).sum())
 
 
 def _reaching(values: Tensor, at: Tensor, threshold: Tensor) -> Tensor:
@@ -158,15 +162,18 @@ def _drawn(problem: Problem, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def table_cells(row: Row) -> list[str]:
-    """Name, K×D, data, tokens, the shares in percent, and candidates per open token that is not exhaustive."""
-    shares = [f"{100 * row[kind] / row['tokens']:.2f}" for kind in ("by_scan", "by_two", "open", "exhaustive")]
-    few = row["open"] - row["exhaustive"]
+    """Name, K×D, data, tokens, the shares in percent, and candidates per open token that is not crowded."""
+    steps = ("by_scan", "by_two", "open", "crowded", "exhaustive")
+    shares = [f"{100 * row[kind] / row['tokens']:.2f}" for kind in steps]
+    few = row["open"] - row["crowded"]
     candidates = f"{row['candidates'] / few:.1f}" if few else "-"
     metric = " cosine" if row["metric"] == "cosine" else ""
     return [row["name"], f"{row['codes']}×{row['dim']}{metric}", row["data"], str(row["tokens"]), *shares, candidates]
 
 
-_HEADINGS = ("shape", "K×D", "data", "tokens", "% scan", "% two codes", "% open", "% exhaustive", "candidates")
+_HEADINGS = (
+    "shape", "K×D", "data", "tokens", "% scan", "% two codes", "% open", "% crowded", "% exhaustive", "candidates",
+)  # fmt: skip
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -1,10 +1,10 @@
-"""Modelled cost, on an H100, of the steps after the scan: refinement, second scan, decision and exhaustive walk.
+"""Modelled cost, on an H100, of the steps after the scan: refinement, second scan, decision and third scan.
 
 The second scan costs the instructions and matrix products of its tiles of open tokens, or its reading of the codes
 where that takes longer; a tile scans the ranges that one of its tokens needs. Both scans wait for the busiest
-multiprocessor. The other steps cost memory traffic alone: an operand moves at the rate of L2 if it fits there, else of
-device memory. Nothing overlaps. `bench/results/open_tokens.json` has the number of tokens of each step. Left out:
-launches, the latency of dependent loads, hits in L1.
+multiprocessor. The third scan costs its products. The other steps cost memory traffic alone: an operand moves at the
+rate of L2 if it fits there, else of device memory. Nothing overlaps. `bench/results/open_tokens.json` has the number of
+tokens of each step. Left out: launches, the latency of dependent loads, hits in L1.
 """
 
 import json
@@ -21,7 +21,6 @@ from bench.gpu.problems import MODELS, PUBLISHED
 from bench.harness.problems import Problem
 from bench.static.issue_model import H100, PairCost, modelled_time
 from fastvq_kernels.configs import SPLIT_D, ScanConfig, packed_width, rescan_config, scan_config
-from fastvq_kernels.search.exhaustive import SHARES
 from fastvq_kernels.search.scan import splits
 
 COUNTS = Path(__file__).parents[1] / "results" / "open_tokens.json"
@@ -31,8 +30,8 @@ COUNTS = Path(__file__).parents[1] / "results" / "open_tokens.json"
 L2_RATE, MEMORY_RATE, L2_BYTES = 5.5e12, 3.35e12, 50e6
 SECTOR = 32  # bytes, the smallest piece that L2 delivers
 BIN = 12  # bytes: best, rest and winner
-# half_sq and length of one code of a walked bin: two codes of a bin are neighbours and share a sector of each.
-_SCALARS = 2 * SECTOR // 2
+# Float64 operations per second of the matrix units: the same data sheet.
+FLOAT64_RATE = 66.9e12
 
 
 def sm_90_config(dim: int) -> ScanConfig:
@@ -78,9 +77,8 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], costs: Mappi
     half = 2 * width  # bytes of one fp16 part of it
     n_open = tokens * counts["open"] / counts["tokens"]
     n_two = tokens * counts["by_two"] / counts["tokens"] + n_open
-    n_exhaustive = tokens * counts["exhaustive"] / counts["tokens"]
+    n_crowded = tokens * counts["crowded"] / counts["tokens"]
     candidates = tokens * counts["candidates"] / counts["tokens"]
-    walked = problem.codes * counts["walked_bins"] / max(1, counts["exhaustive"] * counts["bins"])  # codes per token
     of_bins, of_x, of_codes = (
         operand_rate(tokens * bins),
         operand_rate(tokens * row),
@@ -104,15 +102,14 @@ def seconds_after_scan(problem: Problem, counts: Mapping[str, Any], costs: Mappi
     read = scanned * rows_read * parts * half / L2_RATE
     multiplied = modelled_time(tiles.block_m, block_n, depth, costs[block_n]).seconds * scanned
     return {
-        "bins": (tokens + SHARES * n_exhaustive) * bins / of_bins,
+        "bins": tokens * bins / of_bins,
         # norm in, G_k of the best code in, index out
         "norm, G, index": tokens * (4 + SECTOR + 8) / L2_RATE,
         "two codes": n_two * (row / of_x + 2 * (row + 2 * SECTOR) / of_codes),
         "second parts": n_open * (row / of_x + 2 * half / L2_RATE),
         "second scan": max(read, multiplied * waiting(scanned)),
         "candidates": n_open * (row / of_x + SECTOR / L2_RATE) + candidates * (row + SECTOR) / of_codes,
-        # A winner nearly always has one rival; both again in float64.
-        "walk": n_exhaustive * (row / of_x + (walked * (row + _SCALARS) + 2 * (row + SECTOR)) / of_codes),
+        "third scan": 2 * n_crowded * problem.codes * problem.dim / FLOAT64_RATE,
     }
 
 

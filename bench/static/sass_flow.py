@@ -47,30 +47,6 @@ class Flow:
                             stack.extend(before[at])
         return found
 
-    def shortest_pass(self, head: int, body: set[int], through: int) -> list[int]:
-        """The fewest instructions of one pass of the loop `body` at `head` that goes by `through`, each counted once.
-
-        Loops within the loop count as one pass of theirs. Raises ValueError where no pass goes there.
-        """
-        # The last instruction of the fewest so far by place: (instruction, whether it has been there).
-        start = (head, head == through)
-        before: dict[tuple[int, bool], tuple[int, bool] | None] = {start: None}
-        queue = [start]
-        for at, been in queue:  # grows while it is read: breadth first, every instruction the same length
-            for to in self.successors[at]:
-                if to == head and been:
-                    path: list[int] = []
-                    place: tuple[int, bool] | None = (at, been)
-                    while place is not None:
-                        path.append(place[0])
-                        place = before[place]
-                    return path[::-1]
-                place = (to, been or to == through)
-                if to in body and to != head and place not in before:
-                    before[place] = (at, been)
-                    queue.append(place)
-        raise ValueError("no pass of the loop goes there")
-
 
 def read_flow(sass: str, kernel: str) -> Flow:
     """Parse the section of `kernel` in the output of `nvdisasm -c`.

@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.prepared import PreparedCodebook
 from fastvq.common.ema_step import EMAStep
 from fastvq.common.token_sums import TokenSums
+
+# What keeps the packed codebook between calls.
+Cache = CodebookCache | PreparedCodebook
 
 
 class Backend(NamedTuple):
@@ -20,10 +24,10 @@ class Backend(NamedTuple):
         prepare: ``(codebook, metric)``; the packed codebook that the search reads, which a cache keeps.
         nearest_code: ``(x, codebook, metric, cache)``; indices ``[..., N]`` of ``x [..., N, D]`` in
             ``codebook [..., K, D]``, with one or no leading dimension, equal to :func:`fastvq.reference.nearest_code`
-            of each head. The cache, for one head, may be None.
+            of each head. The cache may be None.
         code_statistics: ``(x, indices, n_codes, deterministic)``; counts ``[K]`` int64 and sums ``[K, D]`` float64 of
-            ``x [N, D]`` by ``indices [N]``, where -1 is left out. ``deterministic`` as in
-            :func:`fastvq.code_statistics`.
+            ``x [N, D]`` by ``indices [N]``, where -1 is left out; on the CPU where the device of ``x`` has no float64.
+            ``deterministic`` as in :func:`fastvq.code_statistics`.
         ema_step: ``(step)``; moves the codes in place and returns those that stayed, bool ``[K]``, as
             :func:`fastvq.reference.ema_step`.
         late_sums: on a CPU, ``ema_step`` takes sums that are not added up yet.
@@ -32,7 +36,7 @@ class Backend(NamedTuple):
     name: str
     obstacle: Callable[[torch.device], str | None]
     prepare: Callable[[Tensor, str], Any]
-    nearest_code: Callable[[Tensor, Tensor, str, CodebookCache | None], Tensor]
+    nearest_code: Callable[[Tensor, Tensor, str, Cache | None], Tensor]
     code_statistics: Callable[[Tensor, Tensor, int, bool | None], tuple[Tensor, Tensor]]
     ema_step: Callable[[EMAStep], Tensor]
     late_sums: bool = False

@@ -6,7 +6,9 @@ from fastvq.backends.base import Backend
 from fastvq.backends.reference import REFERENCE
 from fastvq.backends.torch import TORCH
 from fastvq.backends.triton import TRITON
+from fastvq.backends.without_float64 import on_cpu
 from fastvq.common.checks import check_choice
+from fastvq.common.devices import has_float64
 
 BACKENDS = {backend.name: backend for backend in (TRITON, TORCH, REFERENCE)}
 
@@ -14,16 +16,19 @@ BACKENDS = {backend.name: backend for backend in (TRITON, TORCH, REFERENCE)}
 def choose(device: torch.device, name: str = "auto") -> Backend:
     """The backend called ``name`` for tensors on ``device``; ``"auto"`` takes the fastest that can run there.
 
+    Where the device has no float64, the CPU does the work.
+
     Raises:
         ValueError: ``name`` is unknown, or that backend cannot run on ``device``.
     """
     if name == "auto":
-        return TORCH if why_not_triton(device) else TRITON
-    check_backend(name)
-    backend = BACKENDS[name]
-    if obstacle := backend.obstacle(device):
-        raise ValueError(f"backend {name!r} cannot run here: {obstacle}")
-    return backend
+        backend = TORCH if why_not_triton(device) else TRITON
+    else:
+        check_backend(name)
+        backend = BACKENDS[name]
+        if obstacle := backend.obstacle(device):
+            raise ValueError(f"backend {name!r} cannot run here: {obstacle}")
+    return backend if has_float64(device) else on_cpu(backend)
 
 
 def why_not_triton(device: torch.device) -> str | None:

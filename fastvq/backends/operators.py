@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastvq.backends.base import Backend
+from fastvq.backends.base import Backend, Cache
 from fastvq.backends.choose import BACKENDS, check_backend, choose
-from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.portable import PORTABLE, is_portable
+from fastvq.common.devices import float64_device
 from fastvq.common.ema_step import EMAStep
 
 
 def is_traced(x: Tensor) -> bool:
     """Whether a compiler or a tensor subclass records operations on ``x``, or ``x`` has no values."""
-    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return is_recorded or type(x) not in (Tensor, Parameter) or x.is_meta
+    return torch.compiler.is_compiling() or is_jit_tracing() or type(x) not in (Tensor, Parameter) or x.is_meta
+
+
+def is_jit_tracing() -> bool:
+    """Whether ``torch.jit.trace``, or the exporter to ONNX that builds on it, records."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def may_read(tensor: Tensor) -> bool:
@@ -29,9 +34,14 @@ def may_read(tensor: Tensor) -> bool:
 def backend_for(x: Tensor, name: str) -> Backend:
     """The backend called ``name`` for a call on ``x``; the operators where a compiler records the call.
 
+    Inside :func:`fastvq.portable` it is another one, whatever the name.
+
     Raises:
         ValueError: as :func:`fastvq.backends.choose.choose`.
     """
+    if is_portable():
+        check_backend(name)
+        return PORTABLE
     if not is_traced(x):
         return choose(x.device, name)
     check_backend(name)
@@ -53,13 +63,15 @@ def _(x: Tensor, codebook: Tensor, metric: str, backend: str) -> Tensor:
 def code_statistics_op(
     x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Counts ``[K]`` int64 and sums ``[K, D]`` float64 of ``x [N, D]`` by ``indices [N]``."""
+    """Counts ``[K]`` int64 and sums ``[K, D]`` float64 of ``x [N, D]`` by ``indices [N]``, on the float64 device."""
     return choose(x.device, backend).code_statistics(x, indices, n_codes, deterministic)
 
 
 @code_statistics_op.register_fake
 def _(x: Tensor, indices: Tensor, n_codes: int, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(n_codes, dtype=torch.int64), x.new_empty(n_codes, x.shape[1], dtype=torch.float64)
+    home = float64_device(x.device)
+    counts = x.new_empty(n_codes, dtype=torch.int64, device=home)
+    return counts, x.new_empty(n_codes, x.shape[1], dtype=torch.float64, device=home)
 
 
 @torch.library.custom_op("fastvq::ema_step", mutates_args=())
@@ -102,7 +114,7 @@ def _(
 def _recorded(name: str) -> Backend:
     """The operators as a backend: they choose when the recording runs, perhaps on another device than now."""
 
-    def nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None) -> Tensor:
+    def nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: Cache | None) -> Tensor:
         return nearest_code_op(x, codebook, metric, name)
 
     def code_statistics(x: Tensor, indices: Tensor, n_codes: int, deterministic: bool | None) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from fastvq import reference
-from fastvq.backends.base import Backend, runs_anywhere
-from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.base import Backend, Cache, runs_anywhere
 from fastvq.common.precision import full_precision
 
 
@@ -13,7 +12,7 @@ def _prepare(codebook: Tensor, metric: str) -> Tensor:
     return codebook
 
 
-def _nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None) -> Tensor:
+def _nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: Cache | None) -> Tensor:
     if x.dim() == 2:
         return reference.nearest_code(x, codebook, metric)
     return torch.stack([reference.nearest_code(*head, metric) for head in zip(x, codebook, strict=True)])

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.backends.base import Backend
-from fastvq.backends.codebook_cache import CodebookCache
+from fastvq.backends.base import Backend, Cache
 from fastvq.common.ema_step import EMAStep
 
 _AMD_CHIPS = ("gfx942", "gfx950")
@@ -54,7 +53,7 @@ def _prepare(codebook: Tensor, metric: str) -> Any:
     return pack_codebook(codebook, metric)
 
 
-def _nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: CodebookCache | None) -> Tensor:
+def _nearest_code(x: Tensor, codebook: Tensor, metric: str, cache: Cache | None) -> Tensor:
     from fastvq_kernels.search.pipeline import nearest_code
 
     with _on_device_of(x):

@@ -21,7 +21,8 @@ class TokenSums(NamedTuple):
 
     def counts(self) -> Tensor:
         """Tokens of each code, int64 ``[K]``."""
-        return torch.bincount(self.indices + 1, minlength=self.n_codes + 1)[1:]
+        # A tensor of its own: compiled code wants the results of an operator aligned.
+        return torch.bincount(self.indices + 1, minlength=self.n_codes + 1)[1:].clone()
 
     def of(self, codes: slice) -> Tensor:
         """Float64 ``[k, D]`` of consecutive codes, a new tensor. The tokens of a code are added in their order."""

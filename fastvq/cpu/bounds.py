@@ -34,13 +34,15 @@ rounded to bfloat16 as well, which costs little near 0: tokens have a column ``t
 ``t ≥ -threshold`` the products of candidates are small and not negative.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Scores of larger tokens or codes might leave float32's range.
-LARGEST_NORM = 2.0**60
+# Unit roundoffs, smallest normal numbers, and norms of tokens and codes from which on scores might leave the range.
+UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+TINY = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
+LARGEST_NORM = {torch.float32: 2.0**60, torch.float64: 2.0**400}
 # Shorter codes lose precision when they are divided by their norm.
 LEAST_COSINE_NORM = 2.0**-40
 # Largest scaled coordinate of a code: far from overflow, and codes 2^90 times smaller do not underflow.
@@ -54,9 +56,9 @@ UP_BF16 = 1 + 2.0**-6
 TWO_TERMS = 2.0**-13
 
 
-def error_constant(dim: int) -> float:
-    """``c = γ_(2D+16)``, the relative error of a score."""
-    nu = (2 * dim + 16) * 2.0**-24
+def error_constant(dim: int, dtype: torch.dtype = torch.float32) -> float:
+    """``c``, the relative error of a score: ``γ_(2D+16)``, or ``γ_(10D+48)`` in float64."""
+    nu = (2 * dim + 16 if dtype == torch.float32 else 10 * dim + 48) * UNIT[dtype]
     return nu / (1 - nu)
 
 
@@ -76,18 +78,32 @@ def slack_bf16(slack: Tensor, a: Tensor, threshold: Tensor, dim: int) -> Tensor:
     return 2 * error_constant(dim) * threshold.abs() + slack * 2.0**23 + 2.0**-61 * dim**0.5 * a
 
 
-def margin(tokens: Tensor, b: float, metric: str) -> float:
-    """How far below the best computed score the score of a candidate may be; NaN where scores may overflow.
+class Margin(NamedTuple):
+    """How far below the best computed score the score of a candidate may be: a polynomial in the norm of the token."""
 
-    For tokens ``[n, D]`` as given and the largest norm ``b`` of the codes. Coordinates and products may be subnormal
-    here, and be taken for 0.
+    constant: Tensor  # []
+    linear: Tensor  # []
+    quadratic: float
+
+    def of(self, norms: Tensor) -> Tensor:
+        """For norms ``[n, 1]`` of tokens; infinite or NaN where scores may overflow."""
+        return torch.addcmul(self.constant, torch.add(self.linear, norms, alpha=self.quadratic), norms)
+
+
+def margin(b: float, rows: Tensor, metric: str) -> Margin:
+    """For plain codes, ``rows [K, D]``, whose largest norm is ``b``.
+
+    Coordinates and products may be subnormal here, and be taken for 0: ``(1 + a + b)2⁻¹²⁶`` each, at most
+    ``(2 + b + a²)2⁻¹²⁶``. From ``a = 2⁶⁴`` on the square is infinite in float32.
     """
-    dim = tokens.shape[1]
-    a = float(torch.linalg.vector_norm(tokens, dim=1).amax()) + norm_room(dim)
-    if not (a < LARGEST_NORM and b < LARGEST_NORM):  # nor NaN
-        return math.nan
-    h, oracle = (0.5 * b * b, 4 * (dim + 4) * 2.0**-53 * a * a) if metric == "euclidean" else (0.0, 0.0)
-    return 2 * error_constant(dim) * (a * b + h) + (dim + 16) * 2.0**-126 * (1 + a + b) + oracle
+    dim, dtype = rows.shape[1], rows.dtype
+    c, tiny, room = error_constant(dim, dtype), (dim + 16) * TINY[dtype], norm_room(dim)
+    h, oracle = (0.5 * b * b, 4 * (dim + 4) * 2.0**-53) if metric == "euclidean" else (0.0, 0.0)
+    quadratic = oracle + tiny
+    linear = 2 * c * b + 2 * quadratic * room
+    constant = 2 * c * h + (2 + b) * tiny + linear * room
+    up = 1 + 2.0**-20  # for the roundings of the polynomial
+    return Margin(rows.new_tensor(up * constant), rows.new_tensor(up * linear), up * quadratic)
 
 
 def out_of_range(values: Tensor) -> Tensor:

@@ -19,12 +19,11 @@ def bfloat16_units() -> str | None:
 
 def bf16_pays(n_tokens: float, codes: Tensor) -> bool:
     """Whether a first scan in bfloat16 finds the codes ``[K, D]`` of so many tokens sooner on this machine."""
-    units = bfloat16_units()
-    if units is None or not codes.is_cpu:
+    n_codes, dim = codes.shape
+    if n_codes < tuning.FEWEST_CODES_BF16 or not codes.is_cpu or (units := bfloat16_units()) is None:
         return False
-    worth, (n_codes, dim) = tuning.WORTH_BF16[units], codes.shape
-    enough = n_codes >= worth.codes and worth.coordinates <= dim <= bounds.MOST_COLUMNS_BF16
-    return enough and n_tokens * n_codes * (dim + 8) >= worth.work
+    worth = tuning.WORTH_BF16[units]
+    return worth.coordinates <= dim <= bounds.MOST_COLUMNS_BF16 and n_tokens * n_codes * (dim + 8) >= worth.work
 
 
 def product_values(dtype: torch.dtype = torch.float32) -> int:
@@ -33,44 +32,17 @@ def product_values(dtype: torch.dtype = torch.float32) -> int:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a bᵀ + bias`` in float32, ``[m, n]``, for ``a [m, D]``, ``b [n, D]`` and ``bias [n]``."""
-    if tuning.AMD and a.is_cpu:
-        if _onednn_pays(a, b):
-            return _by_onednn(a, b, bias)
-        if len(a) < tuning.FEWEST_ROWS and len(a) * b.numel() >= tuning.LEAST_PARALLEL:
-            return _in_parallel(a, b, bias)
+    """``a bᵀ + bias``, ``[m, n]``, for ``a [m, D]``, ``b [n, D]`` and ``bias [n]`` of one dtype."""
+    if tuning.AVX512_AMD and a.is_cpu and _onednn_pays(a, b):
+        lacking = -len(a) % tuning.MULTIPLE
+        rows = F.pad(a, (0, 0, 0, lacking)) if lacking else a.contiguous()
+        bias = bias if bias is None else bias.contiguous()
+        return torch.ops.mkldnn._linear_pointwise(rows, b.contiguous(), bias, "none", [], "")[: len(a)]
     return F.linear(a, b, bias)
 
 
 def _onednn_pays(a: Tensor, b: Tensor) -> bool:
-    m, (n, dim) = len(a), b.shape
-    if tuning.AVX512_AMD:
-        enough = m * n * dim >= tuning.LEAST_WORK
-    else:
-        enough = m * n >= tuning.MANY_RESULTS and dim not in tuning.IN_BETWEEN
-    if min(m, n) < tuning.FEWEST_ROWS or not enough:
+    m, n = a.shape[0], b.shape[0]
+    if m * b.numel() < tuning.LEAST_WORK or min(m, n) < tuning.FEWEST_ROWS or a.dtype != torch.float32:
         return False
     return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _in_parallel(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`product` for few rows ``a``, a block of ``b`` for every thread."""
-    threads, (n, dim) = torch.get_num_threads(), b.shape
-    if more := n % threads:
-        biases = (None, None) if bias is None else (bias[:-more], bias[-more:])
-        return torch.cat([_in_parallel(a, b[:-more], biases[0]), F.linear(a, b[-more:], biases[1])], 1)
-    rows = n // threads
-    blocks = a.expand(threads, -1, -1), b.view(threads, rows, dim).mT
-    products = torch.bmm(*blocks) if bias is None else torch.baddbmm(bias.view(threads, 1, rows), *blocks)
-    return products.transpose(0, 1).reshape(len(a), n)
-
-
-def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    operands = _padded(a), _padded(b), bias if bias is None else _padded(bias)
-    return torch.ops.mkldnn._linear_pointwise(*operands, "none", [], "")[: len(a), : len(b)]
-
-
-def _padded(rows: Tensor) -> Tensor:
-    """``rows [n, ...]`` with zeros up to a multiple, contiguous: the operator ignores strides."""
-    lacking = -len(rows) % tuning.MULTIPLE
-    return (F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, lacking]) if lacking else rows).contiguous()

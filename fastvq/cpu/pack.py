@@ -1,6 +1,7 @@
 """Codes and tokens as the scans read them: shifted, scaled, with the columns that carry the bound (:mod:`bounds`).
 
-Both are packed in float32; for a first scan in bfloat16 the packed rows are rounded once more.
+Both are packed in float32, or in float64 for what float32 leaves open; for a first scan in bfloat16 the packed rows are
+rounded once more.
 """
 
 import math
@@ -33,8 +34,9 @@ class PackedCodebook(NamedTuple):
 
     frame: Frame
     n_codes: int
-    rows: Tensor  # [groups, G, D + 2] float32
-    norms: Tensor  # [groups, 3] float32: largest b_k and largest h_k of a group, 1
+    rows: Tensor  # [groups, G, D + 2] float32 or float64
+    norms: Tensor  # [groups, 3]: largest b_k and largest h_k of a group, 1
+    numbers: Tensor | None  # [K] int64: of the codes where they are sorted by length
     rounded: CodesBF16 | None
 
 
@@ -43,8 +45,12 @@ def frame_of(codebook: Tensor, metric: str, top: float) -> Frame:
     n_codes, dim = codebook.shape
     shift = torch.zeros(dim, dtype=torch.float64, device=codebook.device)
     if metric == "euclidean":
-        # The median of a sample is close to the data and, unlike the mean, not moved by an outlier.
-        shift = codebook[:: -(-n_codes // 9)].double().median(0).values.float().double()
+        # The median of short codes is close to the data and, unlike the mean, not moved by long or zero codes.
+        sample = codebook[:: -(-n_codes // tuning.SHIFT_SAMPLE)].double()
+        norms = torch.linalg.vector_norm(sample, dim=1)
+        norms.masked_fill_(norms == 0, torch.inf)
+        shortest = norms.topk(min(9, len(sample)), largest=False).indices
+        shift = sample[shortest].median(0).values.float().double()
         shift.nan_to_num_(posinf=0.0, neginf=0.0)  # beyond float32
         top += float(shift.abs().max())
     elif metric == "cosine":
@@ -52,71 +58,70 @@ def frame_of(codebook: Tensor, metric: str, top: float) -> Frame:
     return Frame(metric, shift, 2.0 ** (bounds.TOP_EXPONENT - math.frexp(top)[1]) if top > 0 else 1.0)
 
 
-def pack(codebook: Tensor, frame: Frame, in_bfloat16: bool = False) -> PackedCodebook:
-    """Pack finite codes ``[K, D]``, ``in_bfloat16`` as well where asked."""
+def pack(
+    codebook: Tensor, frame: Frame, dtype: torch.dtype = torch.float32, in_bfloat16: bool = False
+) -> PackedCodebook:
+    """Pack finite codes ``[K, D]`` in ``dtype``, float32 or float64; ``in_bfloat16`` as well where asked."""
     n_codes, dim = codebook.shape
     group = next(size for least, size in tuning.GROUPS if n_codes >= least * dim)
     n_groups = -(-n_codes // group)
-    rows = torch.empty(n_groups, group, dim + 2, dtype=torch.float32, device=codebook.device)
-    norms = torch.ones(n_groups, 3, dtype=torch.float32, device=codebook.device)
-    rounded = None
-    if in_bfloat16:
-        rounded = CodesBF16(rows.new_empty(n_groups, group, dim + 4, dtype=torch.bfloat16), rows.new_zeros(()))
-    step = max(1, tuning.PACK_VALUES // (group * (dim + 2)))
-    for i, codes in zip(range(0, n_groups, step), codebook.split(step * group), strict=True):
-        block = slice(i, i + step)
-        _pack_groups(codes, frame, rows[block], norms[block])
-        if rounded:
-            round_codes(rows[block], i, out=rounded)
-    return PackedCodebook(frame, n_codes, rows, norms, rounded)
+    rows = torch.empty(n_groups * group, dim + 2, dtype=dtype, device=codebook.device)
+    size = max(1, tuning.PACK_VALUES // (dim + 2))
+    for codes, out in zip(codebook.split(size), rows[:n_codes].split(size), strict=True):
+        _pack_codes(codes, frame, out)
+    lengths, numbers = rows[:n_codes, dim + 1], None
+    if lengths.amax() > tuning.LONG_CODE * lengths.kthvalue(-(-n_codes // tuning.SHORT_CODES)).values:
+        # A long code loosens the bound of its group: long codes get groups of their own.
+        numbers = lengths.argsort()
+        rows[:n_codes] = rows[numbers]
+    rows[n_codes:] = 0
+    rows[n_codes:, dim] = -torch.inf
+    rows[n_codes:, dim + 1] = bounds.norm_room(dim)
+    largest = rows[:, dim + 1].view(-1, group).amax(1)
+    h = 0.5 * largest.square() if frame.metric == "euclidean" else torch.zeros_like(largest)
+    norms = torch.stack([largest, h, torch.ones_like(h)], 1)
+    rows = rows.view(n_groups, group, dim + 2)
+    return PackedCodebook(frame, n_codes, rows, norms, numbers, round_codes(rows) if in_bfloat16 else None)
 
 
-def _pack_groups(codes: Tensor, frame: Frame, out: Tensor, largest: Tensor) -> None:
-    """Fill groups of the packed codebook, ``out [groups, G, D + 2]`` and ``largest [groups, 3]``."""
-    _, group, width = out.shape
-    dim = width - 2
-    rows = out.view(-1, width)
-    if len(codes) < len(rows):
-        rows[len(codes) :] = 0
-        rows[len(codes) :, dim] = -torch.inf
-    filled = rows[: len(codes)]
+def _pack_codes(codes: Tensor, frame: Frame, out: Tensor) -> None:
+    """Write ``codes [n, D]`` with their columns to ``out [n, D + 2]``."""
+    dim = codes.shape[1]
     if frame.metric == "cosine":
         codes = codes.double()
         norms = torch.linalg.vector_norm(codes, dim=1, keepdim=True)
         codes = torch.where(norms > 0, codes / norms, 0.0)
-    _scale(codes, frame, out=filled[:, :dim])
-    b = torch.linalg.vector_norm(rows[:, :dim], dim=1)
-    h = 0.5 * b.square() if frame.metric == "euclidean" else torch.zeros_like(b)
-    b += bounds.norm_room(dim)
-    filled[:, dim] = -(1 - bounds.error_constant(dim)) * h[: len(codes)]
-    rows[:, dim + 1] = b
-    largest[:, :2] = torch.stack([b, h], 1).view(-1, group, 2).amax(1)
+    _scale(codes, frame, out=out[:, :dim])
+    b = torch.linalg.vector_norm(out[:, :dim], dim=1)
+    c = bounds.error_constant(dim, out.dtype)
+    out[:, dim] = b.square().mul_((c - 1) / 2) if frame.metric == "euclidean" else 0
+    out[:, dim + 1] = b + bounds.norm_room(dim)
 
 
 def _scale(values: Tensor, frame: Frame, out: Tensor) -> None:
     """``s(v - m)`` with one rounding, or with two where float32 does not hold the input or s."""
-    in_float32 = values.dtype != torch.float64 and 2.0**-64 < frame.scale < 2.0**64
+    in_float32 = values.dtype != torch.float64 and out.dtype == torch.float32 and 2.0**-64 < frame.scale < 2.0**64
     dtype = torch.float32 if in_float32 else torch.float64
     torch.add((-frame.scale * frame.shift).to(dtype), values.to(dtype), alpha=frame.scale, out=out)
 
 
 def pack_tokens(x: Tensor, frame: Frame, out: Tensor) -> Tensor:
-    """Write tokens ``x [n, D]`` with their columns to ``out [n, D + 2]`` float32; NaN where scores might overflow.
+    """Write tokens ``x [n, D]`` with their columns to ``out [n, D + 2]``; NaN where scores might overflow.
 
     Returns:
         ``[3, n]``: the factors by which :func:`raise_threshold` multiplies the norms of a group.
     """
     dim = x.shape[1]
-    c = bounds.error_constant(dim)
+    c = bounds.error_constant(dim, out.dtype)
     if frame.metric == "euclidean":
         _scale(x, frame, out=out[:, :dim])
     else:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x.to(torch.promote_types(x.dtype, out.dtype))
         largest = x.abs().amax(1, keepdim=True)
         torch.div(x, largest.masked_fill_(largest == 0, 1.0), out=out[:, :dim])
     a = torch.linalg.vector_norm(out[:, :dim], dim=1).add_(bounds.norm_room(dim))
     # A bound of NaN reaches nothing, so that the token has no candidates.
-    a.masked_fill_(~(a < bounds.LARGEST_NORM), torch.nan)
+    a.masked_fill_(~(a < bounds.LARGEST_NORM[out.dtype]), torch.nan)
     if x.dtype == torch.float64 and frame.metric != "euclidean":
         # The oracle's products of such tokens may overflow or vanish where the divided token's do not.
         a.masked_fill_(bounds.out_of_range(x).any(1), torch.nan)
@@ -140,17 +145,21 @@ class TokensBF16(NamedTuple):
     threshold: Tensor  # [n] float32: lower bounds of the best score as shifted; not negative
 
 
-def round_codes(rows: Tensor, first: int, out: CodesBF16) -> None:
-    """Round packed codes ``[groups, G, D + 2]`` float32, the groups from ``first`` on."""
+def round_codes(rows: Tensor) -> CodesBF16:
+    """Round packed codes ``[groups, G, D + 2]`` float32."""
     dim = rows.shape[2] - 2
-    rounded = out.rows[first : first + len(rows)]
-    rounded[:, :, :dim] = rows[:, :, :dim]
-    residuals = torch.linalg.vector_norm(rows[:, :, :dim] - rounded[:, :, :dim], dim=2)
-    bias, b = rows[:, :, dim], rows[:, :, dim + 1]
-    rounded[:, :, dim : dim + 2] = torch.stack(_two_terms(bias), 2)
-    rounded[:, :, dim + 2] = b * UP_BF16
-    rounded[:, :, dim + 3] = 1
-    torch.maximum(out.ratio, (residuals / b).amax() * UP_BF16, out=out.ratio)
+    rounded = rows.new_empty(*rows.shape[:2], dim + 4, dtype=torch.bfloat16)
+    ratio = rows.new_zeros(())
+    size = max(1, tuning.PACK_VALUES // (rows.shape[1] * (dim + 2)))
+    for codes, out in zip(rows.split(size), rounded.split(size), strict=True):
+        out[:, :, :dim] = codes[:, :, :dim]
+        residuals = torch.linalg.vector_norm(codes[:, :, :dim] - out[:, :, :dim], dim=2)
+        bias, b = codes[:, :, dim], codes[:, :, dim + 1]
+        out[:, :, dim : dim + 2] = torch.stack(_two_terms(bias), 2)
+        out[:, :, dim + 2] = b * UP_BF16
+        out[:, :, dim + 3] = 1
+        ratio = torch.maximum(ratio, (residuals / b).amax() * UP_BF16)
+    return CodesBF16(rounded, ratio)
 
 
 def round_tokens(rows: Tensor, factors: Tensor, threshold: Tensor, ratio: Tensor) -> TokensBF16:

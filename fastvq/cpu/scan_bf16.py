@@ -8,23 +8,19 @@ negative, and ordered as their bits are, so that the maxima are maxima of intege
 a sixth of bfloat16's.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.cpu import bounds, tuning
-from fastvq.cpu.candidates import Candidates, concatenate
+from fastvq.cpu import bounds, scan_groups, tuning
+from fastvq.cpu.candidates import Candidates
 from fastvq.cpu.matmul import product_values
 from fastvq.cpu.pack import CodesBF16, PackedCodebook, TokensBF16, pack_tokens, raise_threshold, round_tokens
-from fastvq.cpu.scan_groups import reaching, refine
-
-Search = Callable[[Tensor, PackedCodebook, Tensor], Candidates]
+from fastvq.cpu.scan_groups import GroupPairs, reaching, refine
 
 
-def search(x: Tensor, packed: PackedCodebook, threshold: Tensor, *, rounded: CodesBF16, fine: Search) -> Candidates:
-    """Candidates of one block of tokens ``[n, D]``; ``fine`` searches in float32.
+def search(x: Tensor, packed: PackedCodebook, threshold: Tensor, *, rounded: CodesBF16) -> Candidates:
+    """Candidates of one block of tokens ``[n, D]``.
 
     Raises ``threshold [n]``, the best lower bounds known of the best scores; NaN where scores might overflow.
     """
@@ -34,24 +30,23 @@ def search(x: Tensor, packed: PackedCodebook, threshold: Tensor, *, rounded: Cod
     # So many tokens, and their maxima, stay in the cache. The first block is small, and tells.
     unit = tuning.TOKENS_PER_PRODUCT
     step = max(product_values() // max(width, n_groups), unit) // unit * unit
-    pairs, exhaustive, end = [], [], 0
+    blocks, end = [], 0
     while end < n:
         block = slice(end, min(n, end + (step if end else unit)))
         factors[:, block] = pack_tokens(x[block], packed.frame, out=rows[block])
         _raise_by_sample(threshold[block], rows[block], packed, factors[:, block])
         tokens = round_tokens(rows[block], factors[:, block], threshold[block], rounded.ratio)
-        owners, groups, many = reaching(_reaches(tokens, packed, rounded), most)
-        pairs.append((owners + block.start, groups))
-        exhaustive.append(many + block.start)
+        blocks.append(reaching(_reaches(tokens, packed, rounded), end, most))
         end = block.stop
-        if len(many) > tuning.MOST_FLOAT32 * (end - block.start):
+        if len(blocks[-1].crowded) > tuning.MOST_FLOAT32 * (end - block.start):
             break
-    found = refine(*concatenate(pairs), rows, threshold, packed, factors)
-    others = torch.cat([*exhaustive, torch.arange(end, n, device=x.device)])
-    if len(others):
-        thresholds = threshold[others]
-        found = _with(found, fine(x[others], packed, thresholds), others)
-        threshold[others] = thresholds
+    pairs = GroupPairs.join(blocks)
+    in_float32 = torch.cat([pairs.crowded, torch.arange(end, n, device=x.device)])
+    found = refine(pairs._replace(crowded=in_float32[:0]), rows, threshold, packed, factors)
+    if len(in_float32):
+        thresholds = threshold[in_float32]
+        found = _with(found, scan_groups.search(x[in_float32], packed, thresholds), in_float32)
+        threshold[in_float32] = thresholds
     return found
 
 
@@ -99,5 +94,6 @@ def _with(found: Candidates, others: Candidates, at: Tensor) -> Candidates:
         found.indices,
         torch.cat([found.owners, at[others.owners]]),
         torch.cat([found.codes, others.codes]),
-        torch.cat([found.exhaustive, at[others.exhaustive]]),
+        torch.cat([found.crowded, at[others.crowded]]),
+        found.reached | others.reached,
     )

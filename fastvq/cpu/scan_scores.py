@@ -1,108 +1,111 @@
-"""The scan of unpacked codes, where packing costs more than it saves: few codes, or few tokens.
+"""The scan of codes as they are, where packing costs more than it saves: few codes, or few tokens.
 
-Candidates are the codes whose computed score reaches the largest score of their token less a margin
-(:func:`fastvq.cpu.bounds.margin`). Small products keep every score, larger ones the maxima of a table.
+Every score is computed. Candidates are the codes whose score reaches the largest score of their token less a margin
+(:class:`fastvq.cpu.bounds.Margin`).
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.cpu import bounds, tuning
-from fastvq.cpu.candidates import concatenate, even_blocks
-from fastvq.cpu.decide import decide
+from fastvq.cpu.bounds import Margin
+from fastvq.cpu.candidates import Candidates, even_blocks, joined, nonzero_pairs
 from fastvq.cpu.matmul import product, product_values
-from fastvq.cpu.scan_table import ONE, Table, pairs
+
+# Each code that reaches the threshold adds this and its number to a sum. The sum tells whether there are several, and
+# if not, which it is. Exact in float32 up to as many codes.
+ONE = 2.0**22
 
 
-class Each(NamedTuple):
-    """Codes of which every score is kept; used like a :class:`Table`."""
+class PlainCodes(NamedTuple):
+    """The codes as they are compared: shifted, or divided by their norms for the cosine."""
 
-    scores: Callable[[Tensor], Tensor]  # of tokens [n, D]: [n, K]
-
-    def maxima(self, tokens: Tensor) -> Tensor:
-        """The scores, ``[n, K]``."""
-        return self.scores(tokens)
-
-    def named(self, reaches: Tensor) -> Tensor:
-        """For ``reaches [n, K]``, zeros and ones, each with a one: its code, at least ONE where there are several."""
-        codes = torch.arange(ONE, ONE + reaches.shape[1], dtype=torch.float32, device=reaches.device)
-        return torch.mv(reaches, codes).sub_(ONE)
-
-    def candidates(
-        self, tokens: Tensor, thresholds: Tensor, reaches: Tensor, open_tokens: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Token and code of the ones in the rows ``open_tokens``, and the exhaustive tokens, which are left out."""
-        return pairs(reaches.index_select(0, open_tokens), open_tokens)
+    rows: Tensor  # [K, D] float32 or float64
+    shift: Tensor | None  # [D] float32: m
+    bias: Tensor | None  # [K]: added to the products
+    names: Tensor  # [K]: ONE + k
+    none: Tensor  # [K] bool: no code
+    margin: Margin
+    shortest: float  # norm; the longest as well for the other metrics, where long codes win
+    longest: float  # NaN where the codes cannot be compared
 
 
-class _Codes(NamedTuple):
-    rows: Tensor  # [K, D] float32, of norm 1 for the cosine
-    bias: Tensor | None  # [K] float32: added to the products
-    largest: float  # largest norm b; NaN or infinite where they cannot be compared
-
-    def in_table(self, step: int) -> Table:
-        """For products with ``step`` tokens; codes that cannot win fill the last row."""
-        rows, bias = self.rows, self.bias
-        if lacking := -len(rows) % tuning.TABLE_COLUMNS:
-            bias = F.pad(rows.new_zeros(len(rows)) if bias is None else bias, (0, lacking), value=-math.inf)
-            rows = F.pad(rows, (0, 0, 0, lacking))
-        n_rows = len(rows) // tuning.TABLE_COLUMNS
-        return Table(lambda tokens: product(tokens, rows, bias), len(self.rows), n_rows, tuning.TABLE_COLUMNS, step)
-
-
-def search(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Find the codes of tokens ``x [N, D]`` in ``codebook [K, D]``, with ``m = 0`` and ``s = 1``.
-
-    Returns:
-        Indices ``[N]`` int64, and the tokens whose index is undefined: exhaustive tokens, and all from a block on with
-        too many open tokens, or with a token that may leave float32's range.
-    """
-    n = len(x)
-    indices = torch.empty(n, dtype=torch.int64, device=x.device)
-    step = even_blocks(n, product_values() // len(codebook))
-    codes = _codes(codebook, metric)
-    scored = codes.in_table(step) if n > step else Each(lambda tokens: product(tokens, codes.rows, codes.bias))
-    found, undefined, end = [], [], 0
-    while end < n:
-        # The first block is one product, and tells.
-        tokens = x[end : end + (tuning.TOKENS_PER_BLOCK if end else step)].float()
-        margin = bounds.margin(tokens, codes.largest, metric)
-        if math.isnan(margin):
-            break
-        maxima = scored.maxima(tokens)
-        thresholds = maxima.amax(1, keepdim=True).sub_(margin)
-        reaches = maxima.ge_(thresholds)
-        numbers = scored.named(reaches)
-        indices[end : end + len(tokens)] = numbers
-        if float(numbers.amax()) >= ONE:
-            open_tokens = (numbers >= ONE).nonzero()[:, 0]
-            if len(open_tokens) > tuning.MOST_OPEN * len(tokens) + tuning.FEW_OPEN:
-                break
-            owners, candidates, exhaustive = scored.candidates(tokens, thresholds, reaches, open_tokens)
-            found.append((owners.add_(end), candidates))
-            undefined.append(exhaustive.add_(end))
-        end += len(tokens)
-    if found:
-        decide(x, codebook, *concatenate(found), metric, out=indices)
-    if end < n:
-        undefined.append(torch.arange(end, n, device=x.device))
-    return indices, torch.cat(undefined) if undefined else indices[:0]
-
-
-def _codes(codebook: Tensor, metric: str) -> _Codes:
-    """The codes as they are compared, divided by their norms for the cosine."""
-    rows, bias = codebook.float(), None
+def plain_codes(codebook: Tensor, metric: str, shift: Tensor | None, dtype: torch.dtype) -> PlainCodes:
+    """``codebook [K, D]`` for :func:`search` in ``dtype``, float32 or float64."""
+    rows, bias = _shifted(codebook, shift, dtype), None
     norms = torch.linalg.vector_norm(rows, dim=1)
-    largest = float(norms.amax()) + bounds.norm_room(rows.shape[1])
+    names = torch.arange(ONE, ONE + len(rows), dtype=dtype, device=rows.device)
+    shortest, longest = (float(norm) for norm in torch.aminmax(norms))
+    in_range = longest < bounds.LARGEST_NORM[dtype]
     if metric == "euclidean":
         bias = norms.square_().mul_(-0.5)
     elif metric == "cosine":
         rows = rows / norms[:, None]
-        in_range = largest < bounds.LARGEST_NORM and norms.amin() > bounds.LEAST_COSINE_NORM
-        largest = 1 + bounds.error_constant(rows.shape[1]) if in_range else math.nan
-    return _Codes(rows, bias, largest)
+        in_range = in_range and shortest > bounds.LEAST_COSINE_NORM
+        longest = 1 + bounds.error_constant(rows.shape[1], dtype)
+    longest = longest if in_range else math.nan
+    shortest = shortest if metric == "euclidean" else longest
+    none = torch.zeros_like(names, dtype=torch.bool)
+    return PlainCodes(rows, shift, bias, names, none, bounds.margin(longest, rows, metric), shortest, longest)
+
+
+def _shifted(rows: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if shift is None:
+        return rows.to(dtype)
+    return (rows.to(torch.promote_types(rows.dtype, dtype)) - shift).to(dtype)
+
+
+def are_comparable(x: Tensor, codes: PlainCodes) -> bool:
+    """Whether one margin serves for tokens ``x [N, D]`` and all codes.
+
+    A code longer than twice the longest token and the shortest code can win no token. Much longer ones would leave all
+    tokens open.
+    """
+    if math.isnan(codes.longest):
+        return False
+    if codes.longest <= tuning.LONG_CODE * codes.shortest:
+        return True
+    tokens = _shifted(x, codes.shift, codes.rows.dtype)
+    longest_token = float(torch.linalg.vector_norm(tokens, dim=1).amax())
+    return not codes.longest > tuning.LONG_CODE / 4 * (2 * longest_token + codes.shortest)
+
+
+def search(x: Tensor, codes: PlainCodes) -> Candidates:
+    """Candidates of tokens ``x [N, D]``, at least one, with ``s = 1``.
+
+    Finite tokens that may leave the range are crowded.
+    """
+    n, n_codes = x.shape[0], codes.names.shape[0]
+    if n * n_codes <= tuning.FEW_SCORES:
+        return _search(x, codes)
+    step = even_blocks(n, product_values(codes.rows.dtype) // n_codes)
+    return joined([_search(block, codes) for block in x.split(step)], step)
+
+
+def _search(x: Tensor, codes: PlainCodes) -> Candidates:
+    """:func:`search` in one product."""
+    tokens = _shifted(x, codes.shift, codes.rows.dtype)
+    norms = torch.linalg.vector_norm(tokens, dim=1, keepdim=True)
+    if tokens.dtype == torch.float64:
+        # The oracle's own squares may overflow.
+        norms.masked_fill_(norms >= bounds.LARGEST_NORM[torch.float64], torch.nan)
+    scores = product(tokens, codes.rows, codes.bias)
+    reaches = scores.ge_(scores.amax(1, keepdim=True).sub_(codes.margin.of(norms)))
+    numbers = torch.mv(reaches, codes.names).sub_(ONE)
+    least, most = torch.aminmax(numbers)
+    indices = numbers.long()
+    if float(least) >= 0 and float(most) < ONE:
+        none = indices[:0]
+        return Candidates(indices, none, none, none, codes.none)
+    is_open = (numbers < 0) | (numbers >= ONE)  # negative where the threshold is NaN
+    indices.masked_fill_(is_open, -1)
+    open_tokens = (is_open & torch.isfinite(x).all(1)).nonzero()[:, 0]
+    reaches = reaches.index_select(0, open_tokens)
+    counts = reaches.sum(1)
+    is_crowded = (counts == 0) | (counts > tuning.most_candidates(len(codes.rows)))
+    reached = reaches.masked_fill((counts == 0)[:, None], 1)[is_crowded].any(0)
+    rows, candidates = nonzero_pairs(reaches.masked_fill_(is_crowded[:, None], 0))
+    return Candidates(indices, open_tokens[rows], candidates, open_tokens[is_crowded], reached)

@@ -1,63 +1,78 @@
 """Exact nearest-code search from plain PyTorch parts, without a ``[tokens, codes]`` matrix.
 
-1. *Scan*: a matrix product writes upper bounds of the scores of a block of tokens and codes into a buffer sized so that
-   each thread's slice stays in its cache. Only the largest bound of each group of codes is kept, which names groups,
-   nearly always one (:mod:`scan_groups`). Up to 2,048 codes, seen as a table, the largest bounds of rows and columns
-   name codes (:mod:`scan_table`). Processors that multiply bfloat16 faster scan in it first (:mod:`scan_bf16`). Few
-   codes, or few tokens, are scanned without packing (:mod:`scan_scores`).
-2. *Refine*, after groups: a float32 product of the codes of a group with all its tokens names codes.
-3. *Decide* (:mod:`decide`): the oracle's own float64 arithmetic chooses among several candidates.
-4. *Exhaustive*: a token with very many candidates (equal codes, a collapsed codebook) is searched again among the
-   distinct codes, or by the oracle.
+1. *Scan*: few codes, or few tokens, as they are: every score of a block of tokens (:mod:`scan_scores`). Else a matrix
+   product writes upper bounds of the scores of a block of tokens and codes into a buffer sized so that each thread's
+   slice stays in its cache. Only the largest bound of each group of codes is kept, which names groups, nearly always
+   one (:mod:`scan_groups`). Processors that multiply bfloat16 faster scan in it first (:mod:`scan_bf16`).
+2. *Refine*, after groups: a product of the codes of a group with all its tokens names codes.
+3. *Decide* (:mod:`decide`): the oracle's own float64 arithmetic chooses among a few candidates.
+4. *Search again*: crowded tokens, those with many candidates, are searched among the distinct codes that one of them
+   may win: in float32 where these are few (equal codes are one, long ones are gone) or close to each other; else in
+   float64, at twice the price. What float64 leaves open is searched by the oracle, equal tokens once.
 
 :mod:`bounds` derives why this is exact; :mod:`tuning` has the sizes.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
-from functools import cache, partial
-from typing import NamedTuple
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
 
 from fastvq import reference
-from fastvq.cpu import bounds, matmul, scan_bf16, scan_groups, scan_scores, scan_table, tuning
-from fastvq.cpu.candidates import even_blocks
+from fastvq.cpu import bounds, matmul, scan_bf16, scan_groups, scan_scores, tuning
+from fastvq.cpu.candidates import Candidates, even_blocks, first_of_equal, joined
 from fastvq.cpu.decide import decide
 from fastvq.cpu.pack import Frame, PackedCodebook, frame_of, pack
+from fastvq.cpu.scan_scores import PlainCodes, plain_codes
 
 
-class Prepared(NamedTuple):
-    """The codebook as the search wants it, whatever the tokens."""
+class Prepared:
+    """The codebook as the searches want it, whatever the tokens: each form is made when it is first asked for."""
 
-    metric: str
-    codes: Tensor  # [K', D], as given: the finite codes
-    numbers: Tensor | None  # [K'] int64: their indices, where other codes are not finite
-    frame: Frame | None  # None without codes, and where float64 codes leave the range that may be scaled
-    packed: PackedCodebook | None  # where it is to be cached
+    def __init__(
+        self, codebook: Tensor, metric: str, *, keeps: bool, dtype: torch.dtype = torch.float32, shifts: bool = False
+    ) -> None:
+        self.codebook, self.metric, self.keeps, self.dtype, self.shifts = codebook, metric, keeps, dtype, shifts
+
+    @cached_property
+    def plain(self) -> PlainCodes:
+        """The codes as they are; shifted where that is asked for."""
+        shift = self.frame.shift.float() if self.shifts and self.metric == "euclidean" and self.frame else None
+        return plain_codes(self.codebook, self.metric, shift, self.dtype)
+
+    @cached_property
+    def numbers(self) -> Tensor | None:
+        """Indices ``[K']`` of the finite codes; None where all are."""
+        return None if _largest(self.codebook) < math.inf else torch.isfinite(self.codebook).all(1).nonzero()[:, 0]
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """The finite codes ``[K', D]``."""
+        return self.codebook if self.numbers is None else self.codebook[self.numbers]
+
+    @cached_property
+    def frame(self) -> Frame | None:
+        """None without codes, and where float64 codes leave the range that may be scaled."""
+        if len(self.codes) == 0:
+            return None
+        if self.codes.dtype == torch.float64 and bool(bounds.out_of_range(self.codes).any()):
+            return None
+        return frame_of(self.codes, self.metric, _largest(self.codes))
+
+    @cached_property
+    def packed(self) -> PackedCodebook | None:
+        """All codes at once, where the codebook is kept; else they are packed in blocks."""
+        if not self.keeps or self.frame is None:
+            return None
+        return pack(self.codes, self.frame, self.dtype, matmul.bf16_pays(math.inf, self.codes))
 
 
 Prepare = Callable[[Tensor, str], Prepared]
-
-
-def prepare(codebook: Tensor, metric: str) -> Prepared:
-    """Pack the finite codes of ``codebook [K, D]``, all at once."""
-    prepared = _in_frame(codebook, metric)
-    if prepared.frame is None:
-        return prepared
-    in_bfloat16 = matmul.bf16_pays(math.inf, prepared.codes)
-    return prepared._replace(packed=pack(prepared.codes, prepared.frame, in_bfloat16))
-
-
-def _in_frame(codebook: Tensor, metric: str) -> Prepared:
-    codes, numbers, top = codebook, None, _largest(codebook)
-    if top == math.inf:
-        numbers = torch.isfinite(codebook).all(1).nonzero()[:, 0]
-        codes = codebook[numbers]
-        top = _largest(codes) if len(codes) else 0.0
-    scalable = len(codes) > 0 and not (codes.dtype == torch.float64 and bool(bounds.out_of_range(codes).any()))
-    return Prepared(metric, codes, numbers, frame_of(codes, metric, top) if scalable else None, None)
+prepare: Prepare = partial(Prepared, keeps=True)
 
 
 def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean", prepare_once: Prepare | None = None) -> Tensor:
@@ -68,26 +83,14 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "euclidean", prepare
     6 MiB from 4 to 64 dimensions, 12 with one, at most 32, half as much again in bfloat16), about 10 MiB for a block of
     tokens, and 1 to 4 MiB per thread.
     """
-    if len(x) == 0:
+    # The shape, because the length of a tensor takes as long as an operator of PyTorch.
+    n, dim = x.shape
+    if n == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
-    if x.shape[1] > bounds.MOST_COLUMNS:
+    if dim > bounds.MOST_COLUMNS:
         return reference.nearest_code(x, codebook, metric)
     _keep_freed_blocks()
-    prepare_once = prepare_once or _in_frame
-    if not _stays_unpacked(x, codebook) or matmul.bf16_pays(len(x), codebook):
-        return search_packed(x, prepare_once(codebook, metric))
-    indices, undefined = scan_scores.search(x, codebook, metric)
-    if len(undefined):
-        indices[undefined] = search_packed(x[undefined], prepare_once(codebook, metric))
-    return indices
-
-
-def _stays_unpacked(x: Tensor, codebook: Tensor) -> bool:
-    """Whether so few codes, or tokens, are scanned without packing."""
-    n, n_codes = len(x), len(codebook)
-    few = n_codes <= tuning.MOST_TABLE_CODES or n * n_codes <= tuning.FEW_SCORES
-    few = few or (n <= tuning.FEW_TOKENS and n_codes <= scan_table.ONE)
-    return few and torch.float64 not in (x.dtype, codebook.dtype)
+    return _search(x, prepare_once(codebook, metric) if prepare_once else Prepared(codebook, metric, keeps=False))
 
 
 @cache
@@ -100,23 +103,38 @@ def _keep_freed_blocks() -> None:
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
+def _search(x: Tensor, prepared: Prepared) -> Tensor:
+    """:func:`nearest_code` of at least one token."""
+    codebook = prepared.codebook
+    n, n_codes = x.shape[0], codebook.shape[0]
+    is_few = n_codes <= tuning.FEW_CODES or n * n_codes <= tuning.FEW_SCORES
+    if not is_few or _bf16_pays(x, codebook, prepared) or not scan_scores.are_comparable(x, prepared.plain):
+        return search_packed(x, prepared)
+    found = scan_scores.search(x, prepared.plain)
+    return _decided(found, x, codebook, prepared, prepared.plain.longest)
+
+
 def search_packed(x: Tensor, prepared: Prepared) -> Tensor:
-    """:func:`nearest_code` of at least one token in a prepared codebook, one block of codes after the other."""
-    metric, codes, numbers, frame, packed = prepared
+    """:func:`nearest_code` of at least one token in packed codes, one block after the other."""
+    metric, codes, numbers = prepared.metric, prepared.codes, prepared.numbers
     if len(codes) == 0:
         return x.new_full((len(x),), -1, dtype=torch.int64)
-    if numbers is not None:
-        indices = search_packed(x, prepared._replace(numbers=None))
-        return torch.where(indices < 0, -1, numbers[indices])
-    if frame is None:
-        return reference.nearest_code(x, codes, metric)
+    if prepared.frame is None:
+        indices = reference.nearest_code(x, codes, metric)
+    else:
+        indices = _search_blocks(x, codes, prepared, prepared.frame)
+    return indices if numbers is None else torch.where(indices < 0, -1, numbers[indices])
 
-    threshold = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
+
+def _search_blocks(x: Tensor, codes: Tensor, prepared: Prepared, frame: Frame) -> Tensor:
+    threshold = torch.full((len(x),), -torch.inf, dtype=prepared.dtype, device=x.device)
     indices = torch.full((len(x),), -1, device=x.device)
-    step = len(codes) if packed else _codes_per_block(codes, x.dtype)
+    step = len(codes) if prepared.packed else _codes_per_block(codes, x.dtype)
     for first in range(0, len(codes), step):
         block = codes[first : first + step]
-        found = _search_block(x, block, packed or pack(block, frame, matmul.bf16_pays(len(x), block)), threshold)
+        in_bfloat16 = _bf16_pays(x, block, prepared)
+        packed = prepared.packed or pack(block, frame, prepared.dtype, in_bfloat16)
+        found = _search_block(x, block, prepared, packed, threshold)
         if len(block) == len(codes):
             return found
         found[found >= 0] += first
@@ -124,7 +142,7 @@ def search_packed(x: Tensor, prepared: Prepared) -> Tensor:
         candidates = both.repeat(2), torch.cat([indices[both], found[both]])
         indices = torch.where(found < 0, indices, found)
         if len(both):
-            decide(x, codes, *candidates, metric, out=indices)
+            decide(x, codes, *candidates, prepared.metric, out=indices)
     return indices
 
 
@@ -136,44 +154,56 @@ def _codes_per_block(codes: Tensor, dtype: torch.dtype) -> int:
     return max(1, tuning.LEAST_CODE_VALUES // dim, min(tuning.CODES_PER_BLOCK, tuning.MOST_CODE_VALUES // dim))
 
 
-def _search_block(x: Tensor, codes: Tensor, packed: PackedCodebook, threshold: Tensor) -> Tensor:
+def _bf16_pays(x: Tensor, codes: Tensor, prepared: Prepared) -> bool:
+    return prepared.dtype == torch.float32 and matmul.bf16_pays(x.shape[0], codes)
+
+
+def _search_block(x: Tensor, codes: Tensor, prepared: Prepared, packed: PackedCodebook, threshold: Tensor) -> Tensor:
     """Winners among ``codes`` of tokens ``[N, D]``, -1 where none reaches ``threshold [N]``, which it raises."""
     n = even_blocks(len(x), min(tuning.TOKENS_PER_BLOCK, tuning.TOKEN_VALUES // packed.rows.shape[2]))
-    search = scan_table.search if len(codes) <= tuning.MOST_TABLE_CODES else scan_groups.search
-    if packed.rounded and matmul.bf16_pays(len(x), codes):
-        search = partial(scan_bf16.search, rounded=packed.rounded, fine=search)
-    found = [search(tokens, packed, known) for tokens, known in zip(x.split(n), threshold.split(n), strict=True)]
-    indices = torch.cat([block.indices for block in found])
-    owners = torch.cat([block.owners + i * n for i, block in enumerate(found)])
-    if len(owners):
-        decide(x, codes, owners, torch.cat([block.codes for block in found]), packed.frame.metric, out=indices)
-    # Finite tokens with NaN as a threshold are out of float32's range.
+    search: Callable[[Tensor, PackedCodebook, Tensor], Candidates] = scan_groups.search
+    if packed.rounded and _bf16_pays(x, codes, prepared):
+        search = partial(scan_bf16.search, rounded=packed.rounded)
+    blocks = zip(x.split(n), threshold.split(n), strict=True)
+    found = joined([search(tokens, packed, known) for tokens, known in blocks], n)
+    indices = _decided(found, x, codes, prepared, 0.0)
+    # Finite tokens with NaN as a threshold are out of range.
     beyond = threshold.isnan().nonzero()[:, 0]
     beyond = beyond[torch.isfinite(x[beyond]).all(1)]
-    exhaustive = torch.cat([beyond, *(block.exhaustive + i * n for i, block in enumerate(found))])
-    if len(exhaustive):
-        indices[exhaustive] = _search_exhaustively(x[exhaustive], codes, packed.frame)
+    if len(beyond):
+        every = torch.ones(len(codes), dtype=torch.bool, device=x.device)
+        indices[beyond] = _search_again(x[beyond], codes, every, prepared, 0.0)
     return indices
+
+
+def _decided(found: Candidates, x: Tensor, codes: Tensor, prepared: Prepared, longest: float) -> Tensor:
+    """Winners of tokens ``[N, D]`` among ``codes``, whose ``longest`` norm the scan had to reckon with."""
+    indices = found.indices
+    if found.owners.numel():
+        decide(x, codes, found.owners, found.codes, prepared.metric, out=indices)
+    if found.crowded.numel():
+        indices[found.crowded] = _search_again(x[found.crowded], codes, found.reached, prepared, longest)
+    return indices
+
+
+def _search_again(x: Tensor, codes: Tensor, reached: Tensor, before: Prepared, longest: float) -> Tensor:
+    """Winners of crowded tokens ``[n, D]`` among ``codes [K, D]`` where ``reached [K]``."""
+    numbers = reached.nonzero()[:, 0]
+    first = first_of_equal(codes[numbers])
+    numbers = numbers[first == torch.arange(len(first), device=x.device)]
+    again = Prepared(codes[numbers], before.metric, keeps=False, dtype=before.dtype, shifts=True)
+    if 2 * len(numbers) > len(codes) and not tuning.CLOSER * again.plain.longest < longest:
+        if before.dtype == torch.float64:
+            distinct, inverse = torch.unique(first_of_equal(x), return_inverse=True)
+            return numbers[reference.nearest_code(x[distinct], codes[numbers], before.metric)][inverse]
+        again = Prepared(codes[numbers], before.metric, keeps=False, dtype=torch.float64, shifts=True)
+    return numbers[_search(x, again)]
 
 
 def _largest(rows: Tensor) -> float:
     """Largest magnitude, infinite where there is a NaN: many times faster than ``isfinite``."""
+    if len(rows) == 0:
+        return 0.0
     low, high = torch.aminmax(rows)
     top = float(torch.maximum(-low, high))
     return top if top < math.inf else math.inf
-
-
-def _search_exhaustively(x: Tensor, codebook: Tensor, frame: Frame) -> Tensor:
-    """Among the distinct codes, if most codes occur twice; else by the oracle."""
-    # Rows of different weighted sums differ. Many different sums save the sorting of rows, a third of the oracle's time
-    # with few tokens and short codes.
-    weights = torch.arange(1, codebook.shape[1] + 1, dtype=torch.float64, device=x.device).sqrt()
-    if 2 * len(torch.unique((codebook * weights).sum(1))) > len(codebook):
-        return reference.nearest_code(x, codebook, frame.metric)
-    distinct, inverse = torch.unique(codebook, dim=0, return_inverse=True)
-    if 2 * len(distinct) > len(codebook):
-        return reference.nearest_code(x, codebook, frame.metric)
-    first = torch.full((len(distinct),), len(codebook), device=x.device)
-    first.scatter_reduce_(0, inverse, torch.arange(len(codebook), device=x.device), "amin")
-    first = first.sort().values
-    return first[search_packed(x, Prepared(frame.metric, codebook[first], None, frame, None))]

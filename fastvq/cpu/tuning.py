@@ -16,27 +16,22 @@ def _is_amd() -> bool:
     return "AuthenticAMD" in described
 
 
-# On these processors MKL, which ``torch.mm`` calls, uses half the width of AVX-512, and one thread for few rows.
+# On these processors MKL, which ``torch.mm`` calls, uses half the width of AVX-512: oneDNN takes 0.45 of its time.
 AMD = _is_amd()
 AVX512_AMD = AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-# Products. One of 1 MiB stays in the level-2 cache of a Xeon's core (2 MiB: half the speed). On an EPYC larger ones, in
-# fewer calls, take 5 to 10 % less time in float32, and 5 % less in bfloat16 up to 32 coordinates.
-BYTES_PER_THREAD = {torch.float32: 1 << (21 if AMD else 20), torch.bfloat16: 1 << (22 if AMD else 20)}
-# Without AVX-512 oneDNN beats MKL from this number of results on, except for the lengths in between: 0.6 of the time
-# with 640 x 1,024 x 8, 0.85 with 640 x 1,024 x 16, 0.9 with 512 x 2,048 x 256; 1.0 to 1.2 with 64 and 128 coordinates,
-# 1.4 with 640 x 256 x 16.
-MANY_RESULTS = 1 << 19
-IN_BETWEEN = range(41, 192)
-# oneDNN compiles a product of a new size in half a millisecond (bfloat16: some milliseconds): few sizes of tokens.
-MULTIPLE, MULTIPLE_BF16 = 16, 128
-# With AVX-512 MKL beats oneDNN for fewer multiplications or rows only: 35 us each with 32 x 1,024 x 64, 5 against 15
-# with 16 x 256 x 32, 2 ms against 13 with 1 x 262,144 x 8.
+# MKL beats oneDNN for fewer multiplications or rows: 35 us each with 32 x 1,024 x 64, 5 against 15 with 16 x 256 x 32,
+# 2 ms against 13 with 1 x 262,144 x 8.
 LEAST_WORK = 1 << 21
 FEWEST_ROWS = 9
-# MKL runs products of fewer rows on one thread; from this number of multiplications on one product per thread is
-# faster: 0.17 ms instead of 0.7 with 1 x 65,536 x 64, 10 us instead of 9 with 1 x 1,024 x 128.
-LEAST_PARALLEL = 1 << 18
+# oneDNN compiles a product of a new size in half a millisecond (bfloat16: some milliseconds): few sizes of tokens.
+MULTIPLE, MULTIPLE_BF16 = 16, 128
+# A product of 1 MiB stays in the level-2 cache of a Xeon's core (2 MiB: half the speed). On an EPYC larger ones, in
+# fewer calls, take 5 to 10 % less time in float32, and 5 % less in bfloat16 up to 32 coordinates.
+BYTES_PER_THREAD = {
+    torch.float32: 1 << (21 if AMD else 20),
+    torch.float64: 1 << (21 if AMD else 20),
+    torch.bfloat16: 1 << (22 if AMD else 20),
+}
 
 # Blocks. Codes are packed and searched in blocks, so that memory does not grow with them: of 2^14 codes, at least 4 MiB
 # and at most 32 MiB in float32.
@@ -56,42 +51,44 @@ PACK_VALUES, STATISTICS_VALUES, EMA_VALUES, DECIDE_VALUES = 1 << 18, 1 << 18, 1 
 GROUPS = ((512, 128), (128, 64), (0, 32))
 # Scores that are refined at a time (8 MiB), in batches of pairs of one group: many small products take long to call.
 REFINED_VALUES, TOKENS_PER_BATCH = 1 << 21, 32
-# A token with more candidates is searched exhaustively: cheaper, and the candidates take bounded memory.
-MOST_CANDIDATES = 64
+# Up to so many codes, or token-code pairs (16 MiB), every score is computed.
+FEW_CODES, FEW_SCORES = 2048, 1 << 22
 
-# Few codes, or few tokens. From more codes on, refining the best group is faster than two looks at every score.
-MOST_TABLE_CODES = 2048
-# Codes in a row of a table of unpacked codes: maxima over other numbers take longer.
-TABLE_COLUMNS = 64
-# An open token with more crossings of rows and columns has its scores looked at again.
-FEW_CROSSINGS = 16
-# Tokens or scores (4 MiB) up to which more codes are searched without packing.
-FEW_TOKENS, FEW_SCORES = 16, 1 << 20
-# With more open tokens, a share of a block and a number, the sharper bounds of packed codes are worth their price.
-MOST_OPEN, FEW_OPEN = 1 / 4, 16
+# Codes longer than so many times one of the shortest, of which there is one among so many, loosen the bounds of others.
+LONG_CODE, SHORT_CODES = 16, 32
+# Codes whose norms are so many times smaller after a shift are worth another scan in float32.
+CLOSER = 8
+# The shift is found from so many codes.
+SHIFT_SAMPLE = 144
+
+
+def most_candidates(n_codes: int) -> int:
+    """Candidates per token that are decided; another scan costs less than more, which take memory too."""
+    return max(4, min(64, n_codes // 128))
 
 
 class WorthBF16(NamedTuple):
     """Sizes from which on a first scan in bfloat16 saves time."""
 
-    codes: int
     coordinates: int
     work: float  # N K (D + 8): maxima of integers save as much as eight coordinates
 
 
+FEWEST_CODES_BF16 = 2048
 # Times relative to float32, on two cores each.
 WORTH_BF16 = {
     # Xeon: 1.15 with 8,192 x 1,024 x 128, 1.0 with 512 x 16,384 x 64, 0.8 with 8,192 x 2,048 x 64 and with
     # 512 x 16,384 x 256, 0.5 with 8,192 x 4,096 x 256.
-    "AMX": WorthBF16(2048, 32, 6e8),
+    "AMX": WorthBF16(32, 6e8),
     # EPYC (Zen 5), whose product is twice as fast as oneDNN's of float32: 1.2 with 8,192 x 1,024 x 64, 0.95 with
     # 8,192 x 2,048 x 64, 1.2 with 8,192 x 4,096 x 8, 1.0 with 8,192 x 4,096 x 16 and with 2,048 x 4,096 x 32, 0.9 with
     # 512 x 16,384 x 64, 0.6 with 8,192 x 4,096 x 128.
-    "AVX-512 BF16": WorthBF16(2048, 16, 5e8),
+    "AVX-512 BF16": WorthBF16(16, 5e8),
 }
 # Products in bfloat16 are shifted by the best score among some codes of every 64th group; a rough shift will do.
 GROUPS_PER_SAMPLE, CODES_PER_SAMPLE = 64, 8
-# Groups per token, one in so many within limits, from which on float32 is faster; bounds the memory of the refinement.
+# Groups per token, one in so many, from which on a finer scan is faster (in bfloat16 within limits): bounds the memory
+# of the refinement.
 GROUPS_PER_REFINED, FEWEST_REFINED, MOST_REFINED = 8, 8, 64
 # Where more tokens are left for float32, the first scan is not worth its time.
 MOST_FLOAT32 = 1 / 3

@@ -37,13 +37,19 @@ class Assignment(NamedTuple):
 
 
 class Tokens:
-    """Tokens ``[n, D]`` of all ranks, batch by batch; ``weights [n]``, float64, where there is one batch."""
+    """Tokens ``[n, D]`` of all ranks, batch by batch, on ``device``.
 
-    def __init__(self, batches: TokenBatches, weights: Tensor | None, backend: Backend, sync: bool) -> None:
+    ``weights [n]``, float64, belong to the only batch.
+    """
+
+    def __init__(
+        self, batches: TokenBatches, weights: Tensor | None, backend: Backend, device: torch.device, sync: bool
+    ) -> None:
         self._batches = batches
         self._is_fixed = not isinstance(batches, Batches) or batches.is_fixed
         self._weights = weights
         self._backend = backend
+        self._device = device
         self._sync = sync
 
     def assign(self, codes: Tensor) -> Assignment:
@@ -97,6 +103,7 @@ class Tokens:
     def _weighted(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens, which are real, and their weights, 0 for one that is not."""
         for tokens, real in self._batches:
+            tokens, real = tokens.to(self._device), real.to(self._device)
             yield tokens, real, real.double() if self._weights is None else torch.where(real, self._weights, 0)
 
     def _odds(self, codes: Tensor, start: int, known: list[_Known]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvq.common.checks import check_choice, check_count, check_floating, check_mask, check_same_device
+from fastvq.common.devices import float64_device
 from fastvq.common.directions import directions
 from fastvq.learning.batches import Batches, as_tensor, flatten
 from fastvq.learning.lloyd import Report, cluster, no_report
@@ -132,7 +133,7 @@ def kmeans(
 
         batches = Batches(x, mask, prepare)
         start = init if isinstance(init, str) else _start_codes(init, n_codes, metric, batches)
-        flat = None if weights is None else weights.reshape(-1).double()
+        flat = None if weights is None else weights.reshape(-1).to(float64_device(weights.device)).double()
         runs = (
             cluster(
                 batches, n_codes, max_iterations, metric, backend, sync,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastvq.backends.operators import backend_for
 from fastvq.common import distributed
+from fastvq.common.devices import float64_device
 from fastvq.common.directions import directions_or
 from fastvq.learning.assignment import Assignment, Tokens
 from fastvq.learning.batches import TokenBatches
@@ -52,11 +53,12 @@ def cluster(
     ``init`` may hold the start ``[K, D]``; ``weights [n]`` float64 belong to the only batch.
     """
     first = next(tokens for tokens, _ in batches)
-    tokens = Tokens(batches, weights, backend_for(first, backend), sync)
-    drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(first.device)
+    device = float64_device(first.device)
+    tokens = Tokens(batches, weights, backend_for(first.to(device), backend), device, sync)
+    drawn = torch.randint(2**62, (1,), generator=generator, device="cpu").to(device)
     seed = int(distributed.broadcast_from_rank_0(drawn, sync))
-    own = torch.Generator(first.device).manual_seed(seed + 1 + distributed.rank(sync))
-    together = torch.Generator(first.device).manual_seed(seed)
+    own = torch.Generator(device).manual_seed(seed + 1 + distributed.rank(sync))
+    together = torch.Generator(device).manual_seed(seed)
 
     n = max(n_codes, _LEAST_CANDIDATES) if init == "k-means++" else n_codes
     seeds = tokens.draw(n, own)
@@ -65,12 +67,14 @@ def cluster(
     if init == "k-means++":
         seeds = pick_codes(*tokens.spread(seeds, n, _ROUNDS, own), n_codes, together)
     elif isinstance(init, Tensor):
-        seeds = init
+        seeds = init.to(device)
     # Fewer distinct tokens than codes: the codes repeat.
-    seeds = seeds[torch.arange(n_codes, device=first.device) % len(seeds)]
-    return _iterate(
-        tokens, distributed.broadcast_from_rank_0(seeds, sync), max_iterations, metric, tolerance, own, report
-    )
+    seeds = seeds[torch.arange(n_codes, device=device) % len(seeds)]
+    seeds = distributed.broadcast_from_rank_0(seeds, sync)
+    codes, found, iterations = _iterate(tokens, seeds, max_iterations, metric, tolerance, own, report)
+    labels = [of_batch.to(first.device) for of_batch in found.labels]
+    found = found._replace(labels=labels, counts=found.counts.to(first.device))
+    return Clusters(codes.to(first.device), found, iterations)
 
 
 def _iterate(

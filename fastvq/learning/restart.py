@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvq.backends.operators import may_read
 from fastvq.common import distributed
+from fastvq.common.devices import float64_device
 
 # The low bits of a key name the rank, so that no two ranks win the same code.
 _RANK_BITS = 16
@@ -77,17 +78,18 @@ def over_ranks(draw: Draw, sync: bool) -> tuple[Tensor, Tensor]:
     """
     if not distributed.is_distributed(sync):
         return draw.rows, draw.n_tokens > 0
-    never = torch.full((), torch.inf, dtype=torch.float64, device=draw.rows.device)
+    device = float64_device(draw.rows.device)
+    never, n_tokens = torch.full((), torch.inf, dtype=torch.float64, device=device), draw.n_tokens.to(device)
     rank, world_size = distributed.rank(), distributed.world_size()
     # Every rank draws for all ranks and takes its own number: ranks that were seeded alike differ too.
-    uniform = torch.rand(world_size, len(draw.rows), dtype=torch.float64, device=draw.rows.device)[rank]
-    arrival = torch.where(draw.n_tokens > 0, -uniform.clamp(min=1e-300).log() / draw.n_tokens, never)
+    uniform = torch.rand(world_size, len(draw.rows), dtype=torch.float64, device=device)[rank]
+    arrival = torch.where(n_tokens > 0, -uniform.clamp(min=1e-300).log() / n_tokens, never)
     # Positive numbers are ordered as their bits are.
     keys = (arrival.view(torch.int64) >> _RANK_BITS << _RANK_BITS) | rank
     first = distributed.all_reduce_min(keys)
     is_mine = (first & ((1 << _RANK_BITS) - 1)) == rank
     found = first >> _RANK_BITS < never.view(torch.int64) >> _RANK_BITS
-    rows = torch.where((is_mine & found)[:, None], draw.rows, 0)
+    rows = torch.where((is_mine & found)[:, None].to(draw.rows.device), draw.rows, 0)
     return distributed.all_reduce_sum(rows), found.all()
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastvq.backends.operators import is_jit_tracing
 from fastvq.common.checks import describe
 
 
@@ -27,4 +28,6 @@ def as_given(tokens: Tensor, z: Tensor, channel_first: bool) -> Tensor:
     """``tokens [..., D]`` in the layout and memory format of ``z``: ``.view`` works where it works on ``z``."""
     if not channel_first:
         return tokens
+    if is_jit_tracing():  # the older exporter to ONNX knows no copy into a tensor and no dimension -1 here
+        return tokens.movedim(tokens.dim() - 1, 1).contiguous()
     return torch.empty_like(z.detach(), dtype=tokens.dtype).copy_(tokens.movedim(-1, 1))

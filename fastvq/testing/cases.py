@@ -1,13 +1,13 @@
 """Adversarial inputs for the search, where rounding, ties, sizes, layouts or special values can change the winner."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-_Normal = Callable[..., Tensor]  # draws standard normal numbers of a shape
+from fastvq.testing.worst import WORST, Normal
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +23,14 @@ class Case:
 def adversarial_cases(seed: int = 0) -> Iterator[Case]:
     """All cases of ``fastvq verify``, the same for the same ``seed``; names are unique."""
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    families = _shapes, _offsets_and_scales, _ties, _outliers, _layouts, _special_values, _other_metrics, _extremes
+    families = (
+        _shapes, _offsets_and_scales, _ties, _outliers, _worst, _layouts, _special_values, _other_metrics, _extremes,
+    )  # fmt: skip
     for family in families:
         yield from family(normal)
 
 
-def _shapes(normal: _Normal) -> Iterator[Case]:
+def _shapes(normal: Normal) -> Iterator[Case]:
     for dim in (1, 2, 3, 4, 8, 12, 16, 18, 32, 64, 100, 128, 252, 512, 1024, 2048):
         # No size is a multiple of a tile. Wide codes are few, for speed.
         yield Case(f"D {dim}", normal(65, dim), normal(203 if dim < 512 else 77, dim))
@@ -38,7 +40,7 @@ def _shapes(normal: _Normal) -> Iterator[Case]:
         yield Case(name, normal(n_tokens, 16), normal(130, 16))
 
 
-def _offsets_and_scales(normal: _Normal) -> Iterator[Case]:
+def _offsets_and_scales(normal: Normal) -> Iterator[Case]:
     for sigmas in (3, 30, 1000):
         yield Case(f"offset of {sigmas} sigma", normal(200, 64) + sigmas, normal(300, 64) + sigmas)
     yield Case("tokens far from the codes", normal(200, 16) + 1000, normal(300, 16))
@@ -50,7 +52,7 @@ def _offsets_and_scales(normal: _Normal) -> Iterator[Case]:
     yield Case("subnormal values", normal(50, 16) * tiny / 64, normal(70, 16) * tiny / 64)
 
 
-def _ties(normal: _Normal) -> Iterator[Case]:
+def _ties(normal: Normal) -> Iterator[Case]:
     codes = normal(150, 16)
     yield Case("duplicate codes", normal(100, 16), torch.cat([codes, codes.flip(0)]))
     yield Case("all codes equal", normal(70, 16), codes[:1].expand(300, -1))
@@ -67,7 +69,7 @@ def _ties(normal: _Normal) -> Iterator[Case]:
     yield Case("near ties in a far cluster", normal(60, 16), torch.cat([one_ulp, normal(30, 16) + 50]))
 
 
-def _outliers(normal: _Normal) -> Iterator[Case]:
+def _outliers(normal: Normal) -> Iterator[Case]:
     for factor in (1e3, 1e6):
         codes = normal(300, 32)
         codes[17] *= factor
@@ -77,7 +79,15 @@ def _outliers(normal: _Normal) -> Iterator[Case]:
         yield Case(f"one token {factor:.0e} times larger", tokens, normal(300, 32))
 
 
-def _layouts(normal: _Normal) -> Iterator[Case]:
+def _worst(normal: Normal) -> Iterator[Case]:
+    for name, make in WORST.items():
+        yield Case(name, *make(normal, 90, 260, 24))
+    for metric in ("cosine", "dot"):
+        for name in ("equal codes, half", "16 clumps within 1e-7"):
+            yield Case(f"{metric}, {name}", *WORST[name](normal, 90, 260, 24), metric)
+
+
+def _layouts(normal: Normal) -> Iterator[Case]:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         name = str(dtype).removeprefix("torch.")
         yield Case(name, normal(150, 32).to(dtype), normal(300, 32).to(dtype))
@@ -88,7 +98,7 @@ def _layouts(normal: _Normal) -> Iterator[Case]:
     yield Case("views of one row and column", normal(1, 32).expand(70, 32), normal(100, 1).expand(100, 32))
 
 
-def _special_values(normal: _Normal) -> Iterator[Case]:
+def _special_values(normal: Normal) -> Iterator[Case]:
     for name, value in (("NaN", torch.nan), ("infinity", torch.inf), ("-infinity", -torch.inf)):
         tokens, codes = normal(100, 16), normal(130, 16)
         broken_codes = codes.clone()
@@ -102,7 +112,7 @@ def _special_values(normal: _Normal) -> Iterator[Case]:
     yield Case("zero tokens and some zero codes", tokens, codes)
 
 
-def _other_metrics(normal: _Normal) -> Iterator[Case]:
+def _other_metrics(normal: Normal) -> Iterator[Case]:
     lengths = torch.logspace(-12, 12, 300)[:, None]
     for metric in ("cosine", "dot"):
         tokens, codes = normal(150, 64), normal(300, 64)
@@ -121,7 +131,7 @@ def _other_metrics(normal: _Normal) -> Iterator[Case]:
     yield Case("cosine, parallel codes", normal(50, 16), multiples, "cosine")
 
 
-def _extremes(normal: _Normal) -> Iterator[Case]:
+def _extremes(normal: Normal) -> Iterator[Case]:
     """Numbers whose products or norms overflow or underflow, and codes that differ in less than one rounding."""
     codes = torch.tensor([[2.0**20, value] for value in (4e-6, -4e-6, 4e-6 + 6e-11, -4e-6)])
     yield Case("dot, codes alike but for 1e-16 of their length", torch.ones(1, 2), codes, "dot")

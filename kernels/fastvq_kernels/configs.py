@@ -114,6 +114,26 @@ def rescan_config(width: int, target: str | None = None) -> RescanConfig:
 
 
 @dataclass(frozen=True)
+class Float64Config:
+    """Tile sizes of the third scan."""
+
+    block_m: int = 64
+    block_n: int = 64
+    block_d: int = 16
+    num_warps: int = 8
+    num_stages: int = 2
+    programs: int = 1  # per SM: more than 128 registers for each of 256 threads
+
+
+def float64_config(target: str | None = None) -> Float64Config:
+    """The default of the third scan."""
+    if (target or launch.current_target()) == "sm_100":
+        # Triton 3.7 makes no float64 matrix instructions for it, and larger products spill.
+        return Float64Config(block_m=32, block_n=32)
+    return Float64Config()
+
+
+@dataclass(frozen=True)
 class TileConfig:
     """Tile sizes of a kernel whose rows, of tokens or codes, are split over their dimensions."""
 

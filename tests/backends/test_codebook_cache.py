@@ -15,7 +15,7 @@ from fastvq.cpu import search, tuning
 
 @pytest.fixture(autouse=True)
 def small_problems_pack_as_large_ones_do(monkeypatch):
-    monkeypatch.setattr(tuning, "MOST_TABLE_CODES", 0)
+    monkeypatch.setattr(tuning, "FEW_CODES", 0)
     monkeypatch.setattr(tuning, "FEW_SCORES", 0)
 
 
@@ -94,7 +94,13 @@ def test_copies_have_caches_of_their_own(evaluated, duplicate):
 def test_codebook_is_cached_while_nothing_is_learned(monkeypatch):
     packings = []
     pack = search.pack
-    monkeypatch.setattr(search, "pack", lambda *args: packings.append(args) or pack(*args))
+
+    def count(codes, frame, dtype, in_bfloat16):
+        if len(codes) == 70 and dtype == torch.float32:  # not what is searched again
+            packings.append(codes)
+        return pack(codes, frame, dtype, in_bfloat16)
+
+    monkeypatch.setattr(search, "pack", count)
     module, z = fastvq.EMACodebook(70, 5).eval(), torch.randn(40, 5)
     module(z), module(z[:20])
     assert len(packings) == 1
@@ -113,15 +119,13 @@ def test_codebook_is_cached_while_nothing_is_learned(monkeypatch):
     assert len(packings) == 6
 
 
-def test_small_problems_are_searched_without_a_cache(monkeypatch):
-    module = fastvq.EMACodebook(70, 5).eval()
-    module(torch.randn(16, 5))
-    assert module._codebook_cache._last is None
+def test_small_problems_are_searched_without_packing(monkeypatch):
     monkeypatch.setattr(tuning, "FEW_SCORES", 70 * 40)
+    module = fastvq.EMACodebook(70, 5).eval()
     module(torch.randn(40, 5))
-    assert module._codebook_cache._last is None
+    assert set(vars(module._codebook_cache._last.packed)) & {"plain", "packed"} == {"plain"}
     module(torch.randn(41, 5))
-    assert module._codebook_cache._last is not None
+    assert "packed" in vars(module._codebook_cache._last.packed)
 
 
 def test_threads_share_a_cached_codebook():

@@ -45,6 +45,7 @@ def store(tmp_path):
     for i, name in enumerate(NAMES):
         wrong = {} if name == "broken" else {"wrong_share": 0.0 if i < 2 else 0.25, "checked_tokens": 100}
         rows += [row(benchmark, name, **timed(name, 1e-3 * (i + 1)), **wrong) for benchmark in ("search", "train")]
+        rows.append(row("worst", name, **timed(name, 1e-3 * (i + 1)), **wrong))
         for offset in (0.0, 3.0):
             rows.append(row("accuracy", name, offset=offset, **wrong))
             error = {} if name == "broken" else {"error_ulp": 0.5 + 1000 * i}
@@ -147,3 +148,9 @@ def test_a_legend_lists_the_curves_in_the_order_of_their_ends(store):
         ["a rival with a long name", "expanded formula", "fastvq"],
         ["a rival with a long name", "fastvq, expanded formula"],
     ]
+
+
+def test_worst_cases_are_ratios_to_the_expanded_formula(store):
+    (grid,) = report._grids(store, "worst")
+    (line,) = grid.rows
+    assert line[1] == "0.50"

@@ -28,7 +28,7 @@ def test_the_counts_are_those_of_the_search(metric):
     assert row["by_scan"] + row["by_two"] + row["open"] == row["tokens"] == 100
     assert row["open"] == int(n_open) > 0
     assert row["open"] <= row["candidates"] <= 5 * row["open"]
-    assert row["exhaustive"] == row["walked_bins"] == 0
+    assert row["crowded"] == row["exhaustive"] == 0
 
 
 @interpreted
@@ -47,10 +47,18 @@ def test_two_close_codes_in_different_bins_are_told_apart_in_float32():
 
 
 @interpreted
-def test_with_equal_codes_every_token_is_exhaustive_and_every_bin_is_walked():
-    row = count(torch.randn(20, 16), torch.randn(1, 16).repeat(512, 1), "euclidean", ranges=2)
-    assert (row["open"], row["exhaustive"], row["candidates"]) == (20, 20, 0)
-    assert (row["bins"], row["walked_bins"], row["single_bins"]) == (8, 20 * 8, 0)
+def test_with_nearly_equal_codes_every_token_is_crowded_and_proved_by_the_third_scan():
+    codebook = torch.randn(512, 16)
+    codebook[::2] = codebook[:1] + 1e-7 * torch.randn(256, 16)
+    row = count(codebook[:1] + 0.1 * torch.randn(20, 16), codebook, "euclidean", ranges=2)
+    assert (row["open"], row["crowded"], row["exhaustive"], row["candidates"], row["bins"]) == (20, 20, 0, 0, 8)
+
+
+@interpreted
+def test_tokens_with_many_true_ties_are_exhaustive():
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 6)
+    row = count(torch.zeros(20, 6), signs, "euclidean", ranges=1)
+    assert (row["crowded"], row["exhaustive"]) == (20, 20)
 
 
 def test_the_ranges_are_those_of_a_gpu_with_132_multiprocessors():

@@ -15,7 +15,6 @@ def way(request, monkeypatch):
     if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch is built without oneDNN")
     multiply_by(monkeypatch, request.param)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # of which each gets a part
 
 
 def views(n, dim):
@@ -54,19 +53,22 @@ def test_product_keeps_what_is_not_finite_and_what_is_subnormal(way):
     assert (computed[2] == 2.0**-140).all()
 
 
-def test_onednn_multiplies_few_sizes():
-    assert {len(matmul._padded(torch.empty(n, 2))) for n in range(1, 1001)} == set(range(16, 1009, 16))
+def test_onednn_multiplies_few_sizes(monkeypatch):
+    multiply_by(monkeypatch, "oneDNN")
+    sizes = set()
+    multiplied = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda a, *rest: sizes.add(len(a)) or multiplied(a, *rest), raising=False
+    )
+    for n in range(1, 101):
+        assert len(matmul.product(torch.ones(n, 2), torch.ones(3, 2))) == n
+    assert sizes == set(range(16, 113, 16))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "coordinates", "by_onednn"), [(1024, 8, True), (64, 8, False), (1024, 64, False), (1024, 256, True)]
-)
-def test_with_avx2_onednn_is_for_many_results_of_short_or_long_rows(monkeypatch, tokens, coordinates, by_onednn):
-    monkeypatch.setattr(tuning, "AMD", True)
-    monkeypatch.setattr(tuning, "AVX512_AMD", False)
-    monkeypatch.setattr(matmul, "_by_onednn", lambda a, b, bias: None)
-    computed = matmul.product(torch.randn(tokens, coordinates), torch.randn(1024, coordinates))
-    assert isinstance(computed, torch.Tensor) != by_onednn
+def test_products_in_float64_are_float64(way):
+    a, b = torch.randn(300, 40).double(), torch.randn(200, 40).double()
+    exact = (a[:, None] * b).sum(2)
+    assert ((matmul.product(a, b) - exact).abs() <= error_constant(40, torch.float64) * (a.abs() @ b.abs().t())).all()
 
 
 @pytest.mark.parametrize(("vendor", "is_amd"), [("AuthenticAMD", True), ("GenuineIntel", False)])

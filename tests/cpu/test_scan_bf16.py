@@ -15,7 +15,7 @@ from fastvq.cpu.pack import pack, pack_tokens, round_tokens
 
 def parts(x, codebook, metric):
     """Packed codes and tokens, those in bfloat16, and which tokens may be compared."""
-    prepared = search._in_frame(codebook, metric)
+    prepared = search.prepare(codebook, metric)
     assume(prepared.frame is not None)
     packed = pack(prepared.codes, prepared.frame, in_bfloat16=True)
     rows, lower = torch.empty(len(x), packed.rows.shape[2]), torch.full((len(x),), -torch.inf)

@@ -1,4 +1,4 @@
-"""Few codes are searched as they are; what cannot be decided so is undefined to packed codes, and no more."""
+"""Few codes are searched as they are; what cannot be decided so is searched again, and no more."""
 
 import pytest
 import torch
@@ -7,14 +7,12 @@ from strategies import METRICS
 
 from fastvq import reference
 from fastvq.cpu import scan_scores, search, tuning
-from fastvq.cpu.scan_scores import Each
-from fastvq.cpu.scan_table import ONE, Table
 
 
-@pytest.fixture(params=[1 << 9, 1 << 18], ids=["table", "one by one"], autouse=True)
+@pytest.fixture(params=[1 << 9, 1 << 18], ids=["blocks", "at once"], autouse=True)
 def product_values(request, monkeypatch):
     set_product_values(monkeypatch, request.param)
-    monkeypatch.setattr(tuning, "TOKENS_PER_BLOCK", 200)
+    monkeypatch.setattr(tuning, "FEW_SCORES", request.param)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -26,53 +24,51 @@ def test_nothing_is_packed_where_few_codes_are_far_apart(monkeypatch, metric, dt
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_block_that_may_not_be_compared_and_all_after_it_are_undefined(metric):
+def test_tokens_that_are_not_finite_are_not_searched_again(metric):
     x, codebook = torch.randn(600, 16), torch.randn(300, 16)
-    x[450] = torch.nan
-    indices, undefined = scan_scores.search(x, codebook, metric)
-    end = 600 - len(undefined)
-    assert 0 <= end <= 450
-    assert torch.equal(undefined, torch.arange(end, 600))
-    assert torch.equal(indices[:end], reference.nearest_code(x[:end], codebook, metric))
+    x[450], x[3, 5] = torch.nan, torch.inf
+    found = scan_scores.search(x, search.prepare(codebook, metric).plain)
+    assert found.indices[[3, 450]].tolist() == [-1, -1]
+    assert not set(found.crowded.tolist()) & {3, 450}
+    assert not set(found.owners.tolist()) & {3, 450}
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e25])
-def test_codes_that_may_not_be_compared_leave_all_tokens(metric, value):
-    x, codebook = torch.randn(300, 16), torch.randn(300, 16)
+def test_codes_beyond_the_range_are_not_compared(metric, value):
+    codebook = torch.randn(300, 16)
     codebook[7, 3] = value
-    assert torch.equal(scan_scores.search(x, codebook, metric)[1], torch.arange(300))
+    assert not scan_scores.are_comparable(torch.randn(300, 16), search.prepare(codebook, metric).plain)
 
 
-def test_a_token_with_very_many_candidates_is_left_alone():
+def test_long_codes_are_not_compared_with_short_ones_unless_a_token_is_as_long():
+    codebook, x = torch.randn(300, 16), torch.randn(40, 16)
+    plain = search.prepare(codebook * 1e5 ** torch.linspace(0, 1, 300)[:, None], "euclidean").plain
+    assert not scan_scores.are_comparable(x, plain)
+    assert scan_scores.are_comparable(1e5 * x, plain)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_token_is_decided_or_has_its_winner_among_the_candidates(metric):
+    x, codebook = (3 * torch.randn(400, 3)).round(), (3 * torch.randn(300, 3)).round()
+    found = scan_scores.search(x, search.prepare(codebook[codebook.any(1)], metric).plain)
+    expected = reference.nearest_code(x, codebook[codebook.any(1)], metric)
+    pairs = set(zip(found.owners.tolist(), found.codes.tolist(), strict=True))
+    crowded = set(found.crowded.tolist())
+    for token, winner in enumerate(expected.tolist()):
+        if token in crowded:
+            assert found.reached[winner]
+        else:
+            assert found.indices[token] == winner or (token, winner) in pairs
+
+
+def test_a_token_with_very_many_candidates_is_crowded():
     codebook = torch.randn(300, 16)
     codebook[100:170] = codebook[100]
     x = torch.randn(400, 16)
     x[[3, 333]] = codebook[100]
-    indices, undefined = scan_scores.search(x, codebook, "euclidean")
+    found = scan_scores.search(x, search.prepare(codebook, "euclidean").plain)
     expected = reference.nearest_code(x, codebook)
-    known = torch.ones(400, dtype=torch.bool).index_fill_(0, undefined, False)
-    assert {3, 333} <= set(undefined.tolist())
-    assert torch.equal(undefined, (expected == 100).nonzero()[:, 0])
-    assert torch.equal(indices[known], expected[known])
-
-
-@pytest.mark.parametrize(("n_rows", "n_columns"), [(1, 64), (5, 3), (32, 64)])
-def test_the_only_row_and_column_name_the_code_where_they_cross(n_rows, n_columns):
-    reaches = torch.zeros(n_rows * n_columns, n_rows + n_columns)
-    numbers = torch.arange(n_rows * n_columns)
-    reaches[numbers, numbers // n_columns] = 1
-    reaches[numbers, n_rows + numbers % n_columns] = 1
-    codes = Table(None, n_rows * n_columns, n_rows, n_columns, 1)
-    assert torch.equal(codes.named(reaches), numbers.float())
-    for third in range(n_rows + n_columns):
-        more = reaches.clone()
-        more[:, third] = 1
-        assert (codes.named(more) >= ONE)[more.sum(1) > 2].all()
-    assert (codes.named(torch.zeros(3, n_rows + n_columns)) < 0).all()
-
-
-def test_a_single_one_names_its_column():
-    codes = Each(None)
-    assert torch.equal(codes.named(torch.eye(100)), torch.arange(100.0))
-    assert (codes.named(torch.ones(5, 2)) >= ONE).all()
+    assert {3, 333} <= set(found.crowded.tolist())
+    assert torch.equal(found.crowded, (expected == 100).nonzero()[:, 0])
+    assert torch.equal(found.reached.nonzero()[:, 0], torch.arange(100, 170))

@@ -12,20 +12,19 @@ from strategies import METRICS, problems
 import fastvq
 from fastvq import reference
 from fastvq.common.precision import full_precision
-from fastvq.cpu import bounds, matmul, scan_scores, search, tuning
+from fastvq.cpu import bounds, matmul, search, tuning
 
 ALWAYS, NEVER = (lambda *size: True), (lambda *size: False)
 MANY, NONE = 1 << 20, 0
 # What each way to search a problem, which follows from its size, takes the place of; and how it multiplies.
+GROUPS = {(tuning, "FEW_CODES"): NONE, (tuning, "FEW_SCORES"): NONE}
 WAYS = {
     "by size": ("oneDNN", {}),
-    "scores": ("MKL in parallel", {(tuning, "MOST_TABLE_CODES"): MANY, (tuning, "TOKENS_PER_BLOCK"): 100}),
-    "table": ("oneDNN", {(tuning, "MOST_TABLE_CODES"): MANY, (search, "_stays_unpacked"): NEVER}),
-    "groups": ("oneDNN", {(tuning, "MOST_TABLE_CODES"): NONE, (search, "_stays_unpacked"): NEVER}),
-    "bf16": (
-        "MKL",
-        {(tuning, "MOST_TABLE_CODES"): NONE, (search, "_stays_unpacked"): NEVER, (tuning, "FEWEST_REFINED"): 2},
-    ),
+    "scores": ("MKL", {(tuning, "FEW_CODES"): MANY, (tuning, "FEW_SCORES"): NONE}),
+    "groups": ("oneDNN", GROUPS),
+    "float64": ("MKL", {}),
+    "groups in float64": ("MKL", GROUPS),
+    "bf16": ("MKL", GROUPS | {(tuning, "FEWEST_REFINED"): 2}),
 }
 
 
@@ -41,6 +40,8 @@ def way(request):
             patch.setattr(matmul, "bf16_pays", ALWAYS if request.param == "bf16" else NEVER)
         if request.param == "scores":
             set_product_values(patch, 1 << 9)
+        if "float64" in request.param:
+            patch.setitem(search.Prepared.__init__.__kwdefaults__, "dtype", torch.float64)
         yield
 
 
@@ -104,20 +105,15 @@ def test_indices_equal_float64_whatever_the_data(problem):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(problems())
-def test_indices_equal_float64_with_and_without_packing(problem):
+def test_indices_equal_float64_whatever_is_searched_again(problem):
     x, codebook, metric = problem
     expected = reference.nearest_code(x, codebook, metric)
-    for values, most_open, most in ((1 << 9, 1.0, 64), (1 << 9, 0.1, 1), (1 << 18, 1.0, 64), (1 << 18, 0.1, 1)):
+    for values, most, closer in ((1 << 9, 64, 8), (1 << 9, 1, 1), (1 << 18, 1, 10**9)):
         with pytest.MonkeyPatch.context() as patch:
             set_product_values(patch, values)
-            patch.setattr(tuning, "TOKENS_PER_BLOCK", 100)
-            patch.setattr(tuning, "MOST_OPEN", most_open)
-            patch.setattr(tuning, "MOST_CANDIDATES", most)
-            indices, undefined = scan_scores.search(x.float(), codebook.float(), metric)
+            patch.setattr(tuning, "CLOSER", closer)
+            patch.setattr(tuning, "most_candidates", lambda n_codes, most=most: most)
             assert torch.equal(search.nearest_code(x, codebook, metric), expected)
-        known = torch.ones(len(x), dtype=torch.bool).index_fill_(0, undefined, False)
-        if torch.float64 not in (x.dtype, codebook.dtype):
-            assert torch.equal(indices[known], expected[known])
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -125,7 +121,8 @@ def test_indices_equal_float64_with_and_without_packing(problem):
 def test_indices_equal_float64_in_blocks_of_the_codebook(problem, codes):
     x, codebook, metric = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_stays_unpacked", lambda *problem: False)
+        for name in ("FEW_CODES", "FEW_SCORES"):
+            patch.setattr(tuning, name, NONE)
         patch.setattr(tuning, "CODES_PER_BLOCK", codes)
         patch.setattr(tuning, "LEAST_CODE_VALUES", 0)
         assert torch.equal(search.nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric))
@@ -188,7 +185,7 @@ def test_indices_do_not_depend_on_block_sizes(monkeypatch):
         sizes = {
             "TOKENS_PER_BLOCK": 3 * tokens,
             "TOKENS_PER_PRODUCT": tokens,
-            "MOST_CANDIDATES": most,
+            "most_candidates": lambda n_codes, most=most: most,
             "REFINED_VALUES": values,
             "TOKENS_PER_BATCH": tokens,
             "GROUPS": ((0, codes // 8),),

@@ -2,17 +2,14 @@
 
 from fastvq.cpu import tuning
 
-WAYS = ("MKL", "MKL in parallel", "oneDNN")
-_ALWAYS, _NEVER = 1, 1 << 60
+WAYS = ("MKL", "oneDNN")
 
 
 def multiply_by(patch, way):
-    """One of WAYS for every product."""
-    for name in ("AMD", "AVX512_AMD"):
-        patch.setattr(tuning, name, way != "MKL")
-    for least in ("LEAST_PARALLEL", "LEAST_WORK"):
-        patch.setattr(tuning, least, _ALWAYS)
-    patch.setattr(tuning, "FEWEST_ROWS", _ALWAYS if way == "oneDNN" else _NEVER)
+    """One of WAYS for every product in float32."""
+    patch.setattr(tuning, "AVX512_AMD", way == "oneDNN")
+    for least in ("LEAST_WORK", "FEWEST_ROWS"):
+        patch.setattr(tuning, least, 1)
 
 
 def set_product_values(patch, values):

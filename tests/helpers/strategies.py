@@ -1,7 +1,11 @@
 """Data on which a search that rounds picks wrong codes."""
 
+from functools import partial
+
 import torch
 from hypothesis import strategies as st
+
+from fastvq.testing.worst import WORST
 
 METRICS = ("euclidean", "cosine", "dot")
 _SCALES = st.sampled_from([1e-42, 1e-38, 1e-30, 1e-20, 1e-6, 1.0, 1e6, 1e18, 1e30])
@@ -17,7 +21,9 @@ def problems(draw, max_tokens=90, max_codes=150, dims=(1, 2, 3, 4, 8, 17, 64, 13
     x, codebook = torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
     if draw(st.booleans()):  # lattice: many exact ties
         x, codebook = (2 * x).round(), (2 * codebook).round()
-    kind = draw(st.sampled_from(["none", "duplicates", "equal", "permuted", "one ulp", "outlier", "midpoints"]))
+    kind = draw(
+        st.sampled_from(["none", "duplicates", "equal", "permuted", "one ulp", "outlier", "midpoints", "worst"])
+    )
     if kind == "duplicates":
         codebook = codebook[torch.randint(k, (k,), generator=generator) // 2]
     elif kind == "equal":
@@ -30,6 +36,9 @@ def problems(draw, max_tokens=90, max_codes=150, dims=(1, 2, 3, 4, 8, 17, 64, 13
         codebook[torch.arange(k), torch.randint(d, (k,), generator=generator)] *= 1 + 2.0**-23
     elif kind == "outlier":
         codebook[draw(st.integers(0, k - 1))] *= draw(st.sampled_from([1e3, 1e6, 1e19]))
+    elif kind == "worst":
+        make = WORST[draw(st.sampled_from(sorted(WORST)))]
+        x, codebook = make(partial(torch.randn, generator=generator), n, k, d)
     elif kind == "midpoints":
         a, b = torch.randint(k, (2, n), generator=generator)
         x = (codebook[a] + codebook[b]) / 2

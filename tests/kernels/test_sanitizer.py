@@ -98,8 +98,19 @@ def test_search_in_heads_of_every_dtype(dtype):
     check_search(torch.randn(3, 40, 16).to(dtype), torch.randn(3, 100, 16).to(dtype))
 
 
-def test_search_of_exhaustive_tokens():
+def test_search_among_equal_codes():
     check_search(torch.randn(9, 4), torch.randn(3, 4).repeat(40, 1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_search_of_crowded_tokens(metric):
+    codebook = torch.randn(2, 1, 20) + 1e-7 * torch.randn(2, 100, 20)
+    check_search(codebook[:, :70] + 0.1 * torch.randn(2, 70, 20), codebook, metric)
+
+
+def test_search_of_tokens_with_many_ties():
+    check_search(torch.randn(9, 6).sign() / 4, torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 6))
+    check_search(torch.zeros(70, 6), torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 6))
 
 
 def test_search_with_what_is_not_finite():

@@ -61,10 +61,23 @@ for `n_k + ORACLE / (E 2^-24) 2^b |e_k|`, since for the dot product `|e_k|` may 
 therefore speaks about the rounded float64 values, and every comparison in it is strict, so ties are never decided by a
 bound.
 
-**Range.** All bounds are float32; whatever overflows becomes +inf, proves nothing, and goes to the float64 scan.
-Underflow of scaled values adds at most `TINY`, far below one fp16 unit of the scaled data. Coordinates fill fp16 unless
-the codes are equal in float32; a code of `n_k >= LONGEST` is outside the range. So no threshold exceeds
-`X LONGEST <= 2^47`, and in the second scan `c FLT_MAX >= 2^-80 FLT_MAX` stands for the bound of a code outside.
+**Third scan.** In float64 `S_k = x'.e'_k - h_k` of `x' = x - m`, `e'_k = e_k - m` (euclidean), `x.e_k` (dot),
+`x.e_k / |e_k|` with the norm that the oracle takes (cosine). Every product, sum, difference and division rounds by
+`2^-53`, and so does the oracle: with `x_inf = max_j |x'_j|` and `l_k = sum_j |e'_kj|`, which do not underflow where
+squares would, both together err by at most `FLOAT64 (x_inf l_k + h_k + |x'|^2)`, without the last two for products, and
+by `TINY64`, before and after the division, where they underflow. A token of zeros is 0 with every code by a product.
+
+**Long codes.** `m`, and the codes that `M` is the mean of, are those of *ordinary* codes, not much longer than the
+shortest: codes that nobody uses may be 10^5 times as long, and most of a codebook. Any code has its own residual and
+norm, so a long one loosens its own bound. The euclidean scale leaves ordinary codes `2^-24` of the range; coordinates
+beyond the range are left out of the product and count in `r_k`. A code with `n_k >= LONGEST = 2^60` counts as one of
+that length: `X n - c n^2 / 2` falls with n from `X / c` on, which is at most `2^22 2^38`.
+
+**Range.** All bounds are float32; whatever overflows becomes +inf, proves nothing, and goes to the third scan.
+Underflow of scaled values adds at most `TINY`, far below one fp16 unit of the scaled data. A code is outside the range
+if a coordinate overflows float32, and for products if `n_k >= LONGEST_PRODUCT`. No threshold exceeds
+`X LONGEST_PRODUCT <= 2^47`, or `X^2 / 2 c <= 2^81` for euclidean distances, and in the second scan `c FLT_MAX` stands
+for the bound of a code outside, at least `2^-80 FLT_MAX` or `2^-38 FLT_MAX`.
 """
 
 import math
@@ -81,11 +94,30 @@ IN_RANGE = tl.constexpr(3.0e38)  # what scores and bounds stay below
 ORACLE = 2.0**-40
 UNIT = 2.0**-21
 TINY = 2.0**-30
-LONGEST = 2.0**25
+LONGEST, LONGEST_PRODUCT = 2.0**60, 2.0**25
+# log2 c at least: of euclidean distances, and of products.
+LOWEST_RATIO, LOWEST_RATIO_PRODUCT = -38, -80
+TINY64 = 2.0**-1050  # of at most 2^20 underflows of 2^-1074
+LARGEST64 = 1e300  # sums of magnitudes below it do not overflow
 MAX_CERTIFIED_D = 4096
 CHUNK = 64
 # Bounds are themselves computed in fp32: a few roundings of 2^-24 each, taken as one factor.
 UP = 1.0 + 2.0**-20
+
+
+def longest(metric: str) -> float:
+    """Length at which the range of a code ends."""
+    return LONGEST if metric == "euclidean" else LONGEST_PRODUCT
+
+
+def lowest_ratio(metric: str) -> int:
+    """Smallest exponent of c = 2^(a-b)."""
+    return LOWEST_RATIO if metric == "euclidean" else LOWEST_RATIO_PRODUCT
+
+
+def float64_error(d: int) -> float:
+    """FLOAT64: error of a score in float64 and of the oracle's value together."""
+    return 4.0 * (d + 16) * 2.0**-53
 
 
 def balance(split: bool) -> float:

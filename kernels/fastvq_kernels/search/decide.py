@@ -17,18 +17,17 @@ TOKENS = 4  # per program and step: one pair for each thread
 
 @triton.jit(do_not_specialize=["N", "K", "width"])
 def decide_kernel(
-    tokens, codes, norms, counts, open_tokens, open_known, found, candidates,
-    indices, exhaustive_tokens, exhaustive_known,
+    tokens, codes, norms, counts, open_tokens, found, candidates, indices, crowded,
     N, K, width,
     BT: tl.constexpr, CANDIDATES: tl.constexpr, METRIC: tl.constexpr,
 ):  # fmt: skip
     """Each program walks over blocks of BT open tokens of one head, with the stride of the grid.
 
-    Writes the lowest index of the best candidate in float64, or, for a token with more candidates than there is room
-    for, appends it with its best known score to the list for the exhaustive walk.
+    Writes the lowest index of the best candidate in float64, or appends a token with more candidates than there is room
+    for to the list for the third scan.
     """
     i_h = tl.program_id(1).to(tl.int64)
-    n_open = tl.load(counts + 1 + i_h)
+    n_open = tl.load(counts + i_h)
     o_c = tl.arange(0, CANDIDATES)[None, :]
     for i in range(tl.program_id(0) * BT, n_open, tl.num_programs(0) * BT):
         o_i = i_h * N + i + tl.arange(0, BT)
@@ -44,42 +43,31 @@ def decide_kernel(
         b_low = tl.min(b_value, axis=1)
         b_best = tl.min(tl.where(m_c & (b_value == b_low[:, None]), b_k, NO_CODE), axis=1)
         tl.store(indices + b_t, b_best, mask=few)
-        b_exhaustive = (m_i & (~few)).to(tl.int32)
-        n_exhaustive = tl.sum(b_exhaustive, axis=0)
-        if n_exhaustive > 0:
-            o_list = tl.atomic_add(counts, n_exhaustive, sem="relaxed") + tl.cumsum(b_exhaustive, axis=0) - 1
-            tl.store(exhaustive_tokens + o_list, b_t, mask=b_exhaustive > 0)
-            b_known = tl.load(open_known + o_i, mask=b_exhaustive > 0, other=0.0)
-            tl.store(exhaustive_known + o_list, b_known, mask=b_exhaustive > 0)
+        b_crowded = (m_i & (~few)).to(tl.int32)
+        n_crowded = tl.sum(b_crowded, axis=0)
+        if n_crowded > 0:
+            o_list = tl.atomic_add(counts + tl.num_programs(1) + i_h, n_crowded, sem="relaxed")
+            o_list += tl.cumsum(b_crowded, axis=0) - 1
+            tl.store(crowded + i_h * N + o_list, b_t - i_h * N, mask=b_crowded > 0)
 
 
 @dataclass(frozen=True)
-class Exhaustive:
-    """Tokens for the exhaustive walk: numbers over all heads [H N] int64, best scores known [H N] fp32; counts[0]."""
+class Crowded:
+    """Tokens with too many candidates, as a list for each head: numbers in the head [H, N] int64, counts [H] int32."""
 
     tokens: Tensor
-    known: Tensor
-    counts: Tensor
-
-    @property
-    def count(self) -> Tensor:
-        """[1] int32."""
-        return self.counts[:1]
+    count: Tensor
 
 
-def decide(x: Tensor, packed: PackedCodebook, open_list: Open, candidates: Tensor, indices: Tensor) -> Exhaustive:
+def decide(x: Tensor, packed: PackedCodebook, open_list: Open, candidates: Tensor, indices: Tensor) -> Crowded:
     """Complete indices [H, N] in place for the open tokens with few candidates, and list the others."""
     H, N, D = x.shape
-    walked = Exhaustive(
-        torch.empty(H * N, dtype=torch.int64, device=x.device),
-        torch.empty(H * N, dtype=torch.float32, device=x.device),
-        open_list.counts,
-    )
+    crowded = torch.empty(H, N, dtype=torch.int64, device=x.device)
     decide_kernel[(min(cdiv(8 * multiprocessors(x.device), H), cdiv(N, TOKENS)), H)](
-        x, packed.codes, packed.norms, open_list.counts, open_list.tokens, open_list.known, open_list.found, candidates,
-        indices, walked.tokens, walked.known,
+        x, packed.codes, packed.norms, open_list.counts, open_list.tokens, open_list.found, candidates,
+        indices, crowded,
         N, packed.codes.shape[1], D,
         BT=TOKENS, CANDIDATES=CANDIDATES, METRIC=packed.metric, enable_fp_fusion=False,
         **all_registers(),
     )  # fmt: skip
-    return walked
+    return Crowded(crowded, open_list.counts[1])

@@ -55,9 +55,8 @@ def store_open(
 class Open:
     """Tokens still open, as a list for each head; rows beyond the count are unwritten.
 
-    counts   [1 + H]     int32: how many of each head, after a place for what `decide` counts
+    counts   [2, H]      int32: how many of each head, and how many `decide` leaves
     tokens   [H, N]      int64: number of the token in its head
-    known    [H, N]      fp32: best lower bound of a score
     low      [H, N, DP]  fp16: x2; empty where the packed rows hold the split
     factors  [H, N, 3]   fp32: c, w, and the threshold of the second scan (inf: names no code)
     found    [H, N]      int32: number of candidates of the second scan
@@ -65,7 +64,6 @@ class Open:
 
     counts: Tensor
     tokens: Tensor
-    known: Tensor
     low: Tensor
     factors: Tensor
     found: Tensor
@@ -73,7 +71,7 @@ class Open:
     @property
     def count(self) -> Tensor:
         """[H] int32."""
-        return self.counts[1:]
+        return self.counts[0]
 
 
 def no_open(n: int, tokens: PackedTokens, split: bool) -> Open:
@@ -85,9 +83,8 @@ def no_open(n: int, tokens: PackedTokens, split: bool) -> Open:
         return torch.empty(shape, dtype=dtype, device=device)
 
     return Open(
-        counts=torch.zeros(1 + H, dtype=torch.int32, device=device),
+        counts=torch.zeros(2, H, dtype=torch.int32, device=device),
         tokens=empty(H, n, dtype=torch.int64),
-        known=empty(H, n, dtype=torch.float32),
         low=empty(H, 0 if split else n, DP, dtype=torch.float16),
         factors=empty(H, n, 3, dtype=torch.float32),
         found=empty(H, n, dtype=torch.int32),

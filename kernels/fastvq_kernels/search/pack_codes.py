@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import CODE_TILE, SPLIT_D, ScanConfig, packed_width, scan_config
-from ..launch import cdiv, dense
+from ..launch import all_registers, cdiv, dense
 from . import bounds
 from .bounds import HALF_LIMIT, LARGEST, LEFT_OUT, ROUNDED
+from .equal_codes import log_slots, measure_rows, repeats
 from .frame import frame, unit_or_given
 from .norms import code_norms
 
@@ -19,15 +20,18 @@ from .norms import code_norms
 class PackedCodebook:
     """A codebook ready for both scans; `bounds.py` has the meaning of every bound.
 
+    Padding, codes with NaN or Inf, and codes that equal one of a lower index never win. A code outside the range is a
+    candidate of every token, or, if only its length is, a code of the length where the range ends.
+
     codes    [H, K, D]    as given, dense: refinement and the float64 scan read these
     metric                euclidean, dot or cosine
     shift    [H, D]       fp32 m
     scale    [H]          fp32 2^b
     half     [H, KP, DP]  fp16 e^, KP a multiple of both scans' tiles of codes
     low      [H, KP, DP]  fp16 e2 of e' = e^ + e2 + rest; empty where half holds the split
-    bias     [H, KP + BN, 2]  fp32 B_k (padding and codes with NaN or Inf: -inf) and G_k; the scan reads one tile ahead
+    bias     [H, KP + BN, 2]  fp32 B_k (codes that never win: -inf) and G_k; the scan reads one tile ahead
     fine     [H, KP + BN, 2]  the same for the second scan
-    half_sq  [H, K]       fp32 h_k; inf: never chosen, FLT_MAX: outside the range, always a candidate
+    half_sq  [H, K]       fp32 h_k; inf: never wins, FLT_MAX: outside the range
     length   [H, K]       fp32 n_k, and what the oracle rounds
     mean_sq  [H]          fp32 M
     norms    [H, K]       float64 |e_k| for cosine, empty otherwise
@@ -63,9 +67,9 @@ def load_code(p_e, b_inv, p_shift, o_d, m_d, m_e, b_scale, WIDE: tl.constexpr, U
 
 @triton.jit(do_not_specialize=["K"])
 def pack_codes_kernel(
-    codes, inverse, shift, scale, offset, mean_sq, half, low, bias, fine, half_sq, length,
+    codes, inverse, hashes, table, shift, scale, offset, mean_sq, half, low, bias, fine, half_sq, length,
     K, KP, K_bias,
-    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, LOG_SLOTS: tl.constexpr,
     WIDE: tl.constexpr, UNIT: tl.constexpr, EUCLIDEAN: tl.constexpr, SPLIT: tl.constexpr,
     INFLATE: tl.constexpr, LAMBDA: tl.constexpr, LAMBDA_FINE: tl.constexpr, ORACLE: tl.constexpr,
     UNIT_ERROR: tl.constexpr, ERROR: tl.constexpr, FINE_ERROR: tl.constexpr, REFINEMENT: tl.constexpr,
@@ -80,6 +84,7 @@ def pack_codes_kernel(
 
     USED: tl.constexpr = 3 * D if SPLIT else D
     b_finite = tl.full([BK], 1, tl.int32)
+    b_within = b_finite
     b_sq = tl.zeros([BK], tl.float32)
     b_res = tl.zeros([BK], tl.float32)
     b_res_fine = tl.zeros([BK], tl.float32)
@@ -91,6 +96,7 @@ def pack_codes_kernel(
         b_given = unit_or_given(p_e, 1.0, m_e, WIDE, False)
         b_finite = tl.minimum(b_finite, tl.min((tl.abs(b_given) < float("inf")).to(tl.int32), axis=1))
         b_e = load_code(p_e, b_inv, shift + i_h * D, o_c % D, m_c, m_e, b_scale, WIDE, UNIT)  # [BK, BD]
+        b_within = tl.minimum(b_within, tl.min((tl.abs(b_e) < float("inf")).to(tl.int32), axis=1))
         b_half = tl.where(tl.abs(b_e) < HALF_LIMIT, b_e, 0.0).to(tl.float16)
         b_r = b_e - b_half.to(tl.float32)
         b_low = tl.where(tl.abs(b_r) < HALF_LIMIT, b_r, 0.0).to(tl.float16)
@@ -109,6 +115,8 @@ def pack_codes_kernel(
         b_res_fine += tl.sum(b_r_fine * b_r_fine, axis=1)
         tl.store(half + o_half, b_half, mask=(o_k < KP)[:, None])
 
+    can_win = m_k & (b_finite == 1)
+    can_win &= ~repeats(codes, hashes, table, i_h, o_k, m_k, K, D, BK, BD, LOG_SLOTS)
     b_len = tl.sqrt(b_sq) * INFLATE
     # What was rounded before the residual was taken, what the oracle rounds, and for cosine the unit vectors.
     b_raw = b_scale if UNIT else b_len + tl.load(offset + i_h)
@@ -116,14 +124,19 @@ def pack_codes_kernel(
     b_len += TINY
     b_G = (b_len + LAMBDA * (tl.sqrt(b_res) * INFLATE + b_more)) * UP
     b_G_fine = (b_len + LAMBDA_FINE * (tl.sqrt(b_res_fine) * INFLATE + b_more)) * UP
-    inside = (b_len < LONGEST) & (b_G < float("inf")) & (b_finite == 1)
+    inside = can_win & (b_len < LONGEST) & (b_G < float("inf"))
+    measured = inside
+    if EUCLIDEAN:  # no token is so long that a longer code could win where one of this length cannot
+        too_long = can_win & (b_len >= LONGEST) & (b_within == 1)
+        b_sq = tl.where(too_long, LONGEST * LONGEST * 0.5, b_sq)
+        b_G = tl.where(too_long, LONGEST * (1.0 + LAMBDA), b_G)
+        b_G_fine = tl.where(too_long, LONGEST * (1.0 + LAMBDA_FINE), b_G_fine)
+        inside |= too_long
     b_h = tl.where(inside, b_sq * (0.5 if EUCLIDEAN else 0.0), 0.0)
     b_M = tl.load(mean_sq + i_h)
     b_B = b_M - b_h + 2.0 * ERROR * (b_h + b_M)
     b_B_fine = b_M - b_h + 2.0 * FINE_ERROR * (b_h + b_M)
-    # Codes outside the range are always candidates; padding and codes with NaN or Inf never are.
-    b_fixed = tl.where(m_k & (b_finite == 1), float("inf"), float("-inf"))
-    inside &= m_k
+    b_fixed = tl.where(can_win, float("inf"), float("-inf"))
     p_bias = (i_h * K_bias + o_k) * 2
     m_bias = o_k < K_bias
     tl.store(bias + p_bias, tl.where(inside, b_B, b_fixed), mask=m_bias)
@@ -131,7 +144,7 @@ def pack_codes_kernel(
     # The second scan takes a large number instead, which may meet an infinite threshold.
     tl.store(fine + p_bias, tl.where(inside, b_B_fine, tl.minimum(b_fixed, LARGEST)), mask=m_bias)
     tl.store(fine + p_bias + 1, tl.where(inside, b_G_fine, 0.0), mask=m_bias)
-    b_h = tl.where(b_finite == 1, tl.where(inside, b_h, LARGEST), float("inf"))
+    b_h = tl.where(can_win, tl.where(measured, b_h, LARGEST), float("inf"))
     tl.store(half_sq + i_h * K + o_k, b_h, mask=m_k)
     tl.store(length + i_h * K + o_k, b_len + ORACLE / REFINEMENT * b_raw, mask=m_k)
 
@@ -157,7 +170,8 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     norms, inverse = empty(H, K if unit else 0, dtype=torch.float64), empty(H, K if unit else 0, dtype=working)
     if unit:
         code_norms(codes, out=norms, inverse=inverse)
-    shift, scale, offset, mean_sq = frame(codes, inverse, metric)
+    hashes, sizes, table = measure_rows(codes)
+    shift, scale, offset, mean_sq = frame(codes, inverse, sizes, metric)
 
     half = empty(H, KP, DP, dtype=torch.float16)
     low = empty(H, 0 if split else KP, DP, dtype=torch.float16)
@@ -165,15 +179,15 @@ def pack_codebook(codebook: Tensor, metric: str = "euclidean", config: ScanConfi
     half_sq, length = empty(H, K), empty(H, K)
     block_k = 64
     pack_codes_kernel[(cdiv(K_bias, block_k), H)](
-        codes, inverse, shift, scale, offset, mean_sq, half, low, bias, fine, half_sq, length,
+        codes, inverse, hashes, table, shift, scale, offset, mean_sq, half, low, bias, fine, half_sq, length,
         K, KP, K_bias,
-        D=D, DP=DP, BK=block_k, BD=min(DP, 32),
+        D=D, DP=DP, BK=block_k, BD=min(DP, 32), LOG_SLOTS=log_slots(K),
         WIDE=working == torch.float64, UNIT=unit, EUCLIDEAN=euclidean, SPLIT=split,
         INFLATE=bounds.norm_inflation(D), LAMBDA=bounds.balance(split), LAMBDA_FINE=bounds.balance(True),
         ORACLE=bounds.ORACLE * bounds.UP, UNIT_ERROR=bounds.UNIT if unit else 0.0, TINY=bounds.TINY, UP=bounds.UP,
         ERROR=bounds.bias_error(D, DP) if euclidean else 0.0,
         FINE_ERROR=bounds.fine_bias_error(D, DP, split) if euclidean else 0.0,
-        REFINEMENT=bounds.refinement(D, 32), LONGEST=bounds.LONGEST,
+        REFINEMENT=bounds.refinement(D, 32), LONGEST=bounds.longest(metric), **all_registers(),
     )  # fmt: skip
     return PackedCodebook(
         codes=codes, metric=metric, shift=shift, scale=scale, half=half, low=low, bias=bias, fine=fine,

@@ -36,13 +36,13 @@ def pack_tokens_kernel(
     x, shift, code_scale, half, norm, tile_scale, tile_weight,
     N, N_pad,
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    SHIFT: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
+    SHIFT: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, LOWEST_RATIO: tl.constexpr,
     INFLATE: tl.constexpr, A: tl.constexpr, LAMBDA: tl.constexpr, TINY: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """One program packs one tile of BT tokens of one head.
 
     Writes x^ [BT, DP] (zeros beyond D and N; with SPLIT the columns are x1, x2, x1 of x = x1 + x2), X per token
-    (NaN: not finite; inf: outside the range, left to the exhaustive walk), and per tile the scale
+    (NaN: not finite; inf: outside the range, left to the third scan), and per tile the scale
     2^a and the weight w of the codes' slack.
     """
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -63,10 +63,10 @@ def pack_tokens_kernel(
     # A token that overflows fp32 must not flatten its neighbours: the scale ignores it.
     b_inside = (b_finite == 1) & (b_largest < float("inf"))
     b_b = ((tl.load(code_scale + i_h).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    # c = 2^(a-b) must stay a normal number, and so must 2^a.
+    # c = 2^(a-b) must stay in its range, and 2^a a normal number.
     b_a = power_of_two(
         tl.max(tl.where(b_inside, b_largest, 0.0), axis=0),
-        tl.maximum(b_b - 80, -120),
+        tl.maximum(b_b + LOWEST_RATIO, -120),
         tl.minimum(b_b + 40, 120),
     )
     b_scale = exp2_exact(b_a)
@@ -130,7 +130,7 @@ def pack_tokens(x: Tensor, packed: PackedCodebook) -> PackedTokens:
         N, tiles * TOKEN_TILE,
         D=D, DP=DP, BT=TOKEN_TILE, BD=min(DP, 32),
         SHIFT=packed.metric == "euclidean", WIDE=x.dtype == torch.float64, SPLIT=packed.split,
-        INFLATE=bounds.norm_inflation(D), A=bounds.accumulation(DP),
+        LOWEST_RATIO=bounds.lowest_ratio(packed.metric), INFLATE=bounds.norm_inflation(D), A=bounds.accumulation(DP),
         LAMBDA=bounds.balance(packed.split), TINY=bounds.TINY, UP=bounds.UP,
         num_warps=8,
     )  # fmt: skip

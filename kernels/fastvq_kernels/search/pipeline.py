@@ -1,4 +1,4 @@
-"""The certified search: pack, scan, refine, rescan, decide, exhaustive, without a host synchronisation in between."""
+"""The certified search: pack, scan, refine, rescan, decide, scan in float64, walk; without a host synchronisation."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from .pack_tokens import pack_tokens
 from .refine import refine
 from .rescan import rescan
 from .scan import scan
+from .scan_float64 import scan_float64
 
 
 def nearest_code(
@@ -35,11 +36,11 @@ def nearest_code(
 
 
 def certified_search(x: Tensor, packed: PackedCodebook) -> tuple[Tensor, Tensor]:
-    """Indices ``[H, N]`` int64 of ``x [H, N, D]``, and how many tokens the first scan open_list open, ``[H]`` int32."""
+    """Indices ``[H, N]`` int64 of ``x [H, N, D]``, and how many tokens the first scan leaves open, ``[H]`` int32."""
     x = dense(x)
     tokens = pack_tokens(x, packed)
     bins = scan(tokens, x.shape[1], packed)
     indices, open_list = refine(x, packed, tokens, bins)
-    walked = decide(x, packed, open_list, rescan(packed, tokens, bins, open_list), indices)
-    exhaustive(x, packed, tokens, bins, walked, indices)
+    crowded = decide(x, packed, open_list, rescan(packed, tokens, bins, open_list), indices)
+    exhaustive(x, packed, crowded, scan_float64(x, packed, crowded), indices)
     return indices, open_list.count

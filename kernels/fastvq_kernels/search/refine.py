@@ -73,7 +73,7 @@ def take_largest(b_v, b_k, o_bin):
 @triton.jit(do_not_specialize=["N", "K", "n_bins"])
 def refine_kernel(
     tokens, rows, codes, inverse, shift, code_scale, tile_scale, tile_weight, norm, bias, half_sq, length, mean_sq,
-    best, rest, winner, indices, counts, open_tokens, open_known, low, factors, found,
+    best, rest, winner, indices, counts, open_tokens, low, factors, found,
     N, N_pad, K, K_bias, n_bins,
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
     CANDIDATES: tl.constexpr, SPLIT: tl.constexpr, SHIFT: tl.constexpr,
@@ -167,10 +167,8 @@ def refine_kernel(
     b_open = m_open.to(tl.int32)
     count = tl.sum(b_open, axis=0)
     if count > 0:
-        o_list = tl.atomic_add(counts + 1 + i_h, count, sem="relaxed") + tl.cumsum(b_open, axis=0) - 1
-        b_best = tl.where(m_in, b_best, float("-inf"))
+        o_list = tl.atomic_add(counts + i_h, count, sem="relaxed") + tl.cumsum(b_open, axis=0) - 1
         tl.store(open_tokens + i_h * N + o_list, o_t, mask=m_open)
-        tl.store(open_known + i_h * N + o_list, b_best, mask=m_open)
         if CERTIFIED:
             b_threshold = tl.where(m_in, below(b_best, b_cM, b_eta, UP), float("-inf"))
         else:
@@ -192,7 +190,7 @@ def refine(x: Tensor, packed: PackedCodebook, packed_tokens: PackedTokens, bins:
         x, packed_tokens.rows, packed.codes, packed.inverse, packed.shift, packed.scale,
         packed_tokens.scale, packed_tokens.weight, packed_tokens.norm,
         packed.bias, packed.half_sq, packed.length, packed.mean_sq, bins.best, bins.rest, bins.winner,
-        indices, open_list.counts, open_list.tokens, open_list.known, open_list.low, open_list.factors, open_list.found,
+        indices, open_list.counts, open_list.tokens, open_list.low, open_list.factors, open_list.found,
         N, packed_tokens.norm.shape[1], K, packed.bias.shape[1], bins.per_token,
         D=D, DP=DP, BT=TOKENS, BD=column_chunk(D), BINS=BINS, TILE=TOKEN_TILE,
         CANDIDATES=CANDIDATES, SPLIT=packed.split, SHIFT=packed.metric == "euclidean", WIDE_X=x.dtype == torch.float64,

@@ -135,7 +135,7 @@ def rescan_kernel(
     The number of open tokens is read here, on the device. Few tokens in tiles of BN codes would leave programs without
     work: they are scanned in tiles of FEW_N.
     """
-    n_open = tl.load(counts + 1 + tl.program_id(1))
+    n_open = tl.load(counts + tl.program_id(1))
     if FEW_N < BN:
         few = tl.cdiv(n_open, BM) * steps < tl.num_programs(0)
         rescan_tiles(
