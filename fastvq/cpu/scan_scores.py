@@ -79,9 +79,9 @@ def search(x: Tensor, codes: PlainCodes) -> Candidates:
     Finite tokens that may leave the range are crowded.
     """
     n, n_codes = x.shape[0], codes.names.shape[0]
-    if n * n_codes <= tuning.FEW_SCORES:
+    if n * n_codes <= tuning.FEW_SCORES or n <= tuning.FEW_TOKENS:
         return _search(x, codes)
-    step = even_blocks(n, product_values(codes.rows.dtype) // n_codes)
+    step = even_blocks(n, min(tuning.TOKENS_PER_BLOCK, product_values(codes.rows.dtype) // n_codes))
     return joined([_search(block, codes) for block in x.split(step)], step)
 
 
@@ -100,12 +100,16 @@ def _search(x: Tensor, codes: PlainCodes) -> Candidates:
     if float(least) >= 0 and float(most) < ONE:
         none = indices[:0]
         return Candidates(indices, none, none, none, codes.none)
-    is_open = (numbers < 0) | (numbers >= ONE)  # negative where the threshold is NaN
-    indices.masked_fill_(is_open, -1)
-    open_tokens = (is_open & torch.isfinite(x).all(1)).nonzero()[:, 0]
+    open_tokens = (numbers >= ONE).nonzero()[:, 0]
     reaches = reaches.index_select(0, open_tokens)
-    counts = reaches.sum(1)
-    is_crowded = (counts == 0) | (counts > tuning.most_candidates(len(codes.rows)))
-    reached = reaches.masked_fill((counts == 0)[:, None], 1)[is_crowded].any(0)
-    rows, candidates = nonzero_pairs(reaches.masked_fill_(is_crowded[:, None], 0))
-    return Candidates(indices, open_tokens[rows], candidates, open_tokens[is_crowded], reached)
+    is_crowded = reaches.sum(1) > tuning.most_candidates(len(codes.rows))
+    reached = torch.mv(reaches.t(), is_crowded.to(reaches.dtype)) > 0
+    few = (~is_crowded).nonzero()[:, 0]
+    rows, candidates = nonzero_pairs(reaches.index_select(0, few))
+    owners, crowded = open_tokens[few][rows], open_tokens[is_crowded]
+    # Tokens without a candidate, because their threshold is NaN.
+    beyond = (numbers < 0).nonzero()[:, 0]
+    if len(beyond := beyond[torch.isfinite(x[beyond]).all(1)]):
+        crowded, reached = torch.cat([crowded, beyond]), torch.ones_like(reached)
+    indices.masked_fill_((numbers < 0) | (numbers >= ONE), -1)
+    return Candidates(indices, owners, candidates, crowded, reached)

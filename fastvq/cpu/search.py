@@ -107,7 +107,7 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     """:func:`nearest_code` of at least one token."""
     codebook = prepared.codebook
     n, n_codes = x.shape[0], codebook.shape[0]
-    is_few = n_codes <= tuning.FEW_CODES or n * n_codes <= tuning.FEW_SCORES
+    is_few = n_codes <= tuning.FEW_CODES or n * n_codes <= tuning.FEW_SCORES or n <= tuning.FEW_TOKENS
     if not is_few or _bf16_pays(x, codebook, prepared) or not scan_scores.are_comparable(x, prepared.plain):
         return search_packed(x, prepared)
     found = scan_scores.search(x, prepared.plain)

@@ -51,8 +51,8 @@ PACK_VALUES, STATISTICS_VALUES, EMA_VALUES, DECIDE_VALUES = 1 << 18, 1 << 18, 1 
 GROUPS = ((512, 128), (128, 64), (0, 32))
 # Scores that are refined at a time (8 MiB), in batches of pairs of one group: many small products take long to call.
 REFINED_VALUES, TOKENS_PER_BATCH = 1 << 21, 32
-# Up to so many codes, or token-code pairs (16 MiB), every score is computed.
-FEW_CODES, FEW_SCORES = 2048, 1 << 22
+# Up to so many codes, token-code pairs (4 MiB) or tokens, every score is computed.
+FEW_CODES, FEW_SCORES, FEW_TOKENS = 2048, 1 << 20, 16
 
 # Codes longer than so many times one of the shortest, of which there is one among so many, loosen the bounds of others.
 LONG_CODE, SHORT_CODES = 16, 32

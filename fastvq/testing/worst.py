@@ -33,7 +33,7 @@ def _clumps(normal: Normal, n: int, k: int, d: int, *, spread: float) -> tuple[T
 def _half_equal(normal: Normal, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     """Codes drawn from a batch of which half is one token."""
     x = normal(n, d)
-    x[::2] = x[:1]
+    x[::2] = x[0].clone()
     return x, x[_order(normal, n)[torch.arange(k) % n]]
 
 

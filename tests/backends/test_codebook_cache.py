@@ -15,8 +15,8 @@ from fastvq.cpu import search, tuning
 
 @pytest.fixture(autouse=True)
 def small_problems_pack_as_large_ones_do(monkeypatch):
-    monkeypatch.setattr(tuning, "FEW_CODES", 0)
-    monkeypatch.setattr(tuning, "FEW_SCORES", 0)
+    for name in ("FEW_CODES", "FEW_SCORES", "FEW_TOKENS"):
+        monkeypatch.setattr(tuning, name, 0)
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -13,6 +13,7 @@ from fastvq.cpu import scan_scores, search, tuning
 def product_values(request, monkeypatch):
     set_product_values(monkeypatch, request.param)
     monkeypatch.setattr(tuning, "FEW_SCORES", request.param)
+    monkeypatch.setattr(tuning, "FEW_TOKENS", 0)
 
 
 @pytest.mark.parametrize("metric", METRICS)

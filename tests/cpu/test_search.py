@@ -17,7 +17,7 @@ from fastvq.cpu import bounds, matmul, search, tuning
 ALWAYS, NEVER = (lambda *size: True), (lambda *size: False)
 MANY, NONE = 1 << 20, 0
 # What each way to search a problem, which follows from its size, takes the place of; and how it multiplies.
-GROUPS = {(tuning, "FEW_CODES"): NONE, (tuning, "FEW_SCORES"): NONE}
+GROUPS = {(tuning, name): NONE for name in ("FEW_CODES", "FEW_SCORES", "FEW_TOKENS")}
 WAYS = {
     "by size": ("oneDNN", {}),
     "scores": ("MKL", {(tuning, "FEW_CODES"): MANY, (tuning, "FEW_SCORES"): NONE}),
@@ -121,7 +121,7 @@ def test_indices_equal_float64_whatever_is_searched_again(problem):
 def test_indices_equal_float64_in_blocks_of_the_codebook(problem, codes):
     x, codebook, metric = problem
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("FEW_CODES", "FEW_SCORES"):
+        for name in ("FEW_CODES", "FEW_SCORES", "FEW_TOKENS"):
             patch.setattr(tuning, name, NONE)
         patch.setattr(tuning, "CODES_PER_BLOCK", codes)
         patch.setattr(tuning, "LEAST_CODE_VALUES", 0)
