@@ -132,9 +132,9 @@ def _search_blocks(x: Tensor, codes: Tensor, prepared: Prepared, frame: Frame) -
     step = len(codes) if prepared.packed else _codes_per_block(codes, x.dtype)
     for first in range(0, len(codes), step):
         block = codes[first : first + step]
-        in_bfloat16 = _bf16_pays(x, block, prepared)
-        packed = prepared.packed or pack(block, frame, prepared.dtype, in_bfloat16)
-        found = _search_block(x, block, prepared, packed, threshold)
+        # Nothing else holds a packed block, so that it is gone before the next one is packed.
+        packing = partial(pack, block, frame, prepared.dtype, _bf16_pays(x, block, prepared))
+        found = _search_block(x, block, prepared, prepared.packed or packing(), threshold)
         if len(block) == len(codes):
             return found
         found[found >= 0] += first
