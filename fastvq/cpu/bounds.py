@@ -5,7 +5,7 @@ The nearest code has the largest ``S_k = x'·e'_k - h_k``, ``h_k = |e'_k|²/2``;
 never added. For the inner product and the cosine (codes of norm 1) ``m`` and ``h`` are 0, and every token is divided by
 its largest coordinate, because the order of the codes does not depend on the token's length.
 
-**Bound.** Let ``u = 2⁻²⁴`` be the unit roundoff, ``a = |x'|`` and ``b_k = |e'_k|``. A float32 inner product of n terms,
+**Bound.** Let ``u = 2⁻²⁴`` be float32's unit roundoff, ``a = |x'|`` and ``b_k = |e'_k|``. An inner product of n terms,
 in any order and with or without fused operations, errs by at most ``γ_n = nu/(1 - nu)`` times the sum of magnitudes
 (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1). To first order the rounding of ``x'``
 and ``e'_k`` moves the score by ``2u·a·b_k``, the float32 norms move ``h_k`` by ``(D + 8)u·h_k``, and the product of
@@ -15,8 +15,8 @@ the product: tokens carry ``(1, c·a)``, codes ``(-(1 - c)h_k, b_k)``, so that t
 ``S_k``, and ``2c(a·b_k + h_k)`` less is a lower bound. The largest bound of a group, less this with the largest norms
 of the group, is below the best score: a threshold that every candidate reaches.
 
-**Unpacked codes** (:mod:`fastvq.cpu.scan_scores`). Candidates reach the largest computed score less the margin
-``2c(a·b + h)``, a being the largest of many tokens, b and h of all codes. Division of cosine codes by float32 norms
+**Plain codes** (:mod:`fastvq.cpu.scan_scores`), with ``s = 1``. Candidates reach the largest computed score of their
+token less the margin ``2c(a·b + h)``, b and h being the largest of all codes. Division of cosine codes by float32 norms
 moves a score by less than ``(D/2 + 4)u·a``, for which c has room beside the error of the product.
 
 **Slack.** The oracle rounds too. Its squared distances have a relative error of at most ``(D + 4)2⁻⁵³``, so that the
@@ -24,6 +24,10 @@ true score of its winner is below that of any other code by at most ``4(D + 4)2�
 both norms. c covers the part in ``b²``, and the whole of it for the other metrics; the part in ``a²`` is subtracted
 from the threshold. So is float32 underflow: ``2⁻¹⁵⁰`` per rounded coordinate, times ``b < 2³³√D`` or ``a``, and per
 product. Norms get ``2⁻⁶²√D`` on top where they stand for a or b, since squares of smaller coordinates vanish.
+
+**Float64.** The same with ``u = 2⁻⁵³``, the roundoff of the oracle itself. With ``c = γ_(10D+48)`` the ``8(D + 4)u``
+beyond ``(2D + 16)u`` cover the oracle's part in ``b²``, h being half of it. For the other metrics they cover its sums,
+norm and division, which err by less than ``(3D + 8)u·a·b`` for two codes.
 
 **bfloat16** (:mod:`fastvq.cpu.scan_bf16`). ``x'`` and ``e'_k`` are rounded once more. Their residuals have measured
 norms ``r`` and ``r_k ≤ ρ b_k``, which move a score by at most ``r b_k + (a + r) r_k``. A product with float32 sums is

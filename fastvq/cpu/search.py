@@ -31,7 +31,11 @@ from fastvq.cpu.scan_scores import PlainCodes, plain_codes
 
 
 class Prepared:
-    """The codebook as the searches want it, whatever the tokens: each form is made when it is first asked for."""
+    """The codebook as the searches want it, whatever the tokens: each form is made when it is first asked for.
+
+    ``keeps``: for many calls, so that all codes are packed at once. ``dtype``: of the products. ``shifts``: plain codes
+    are shifted as packed ones always are.
+    """
 
     def __init__(
         self, codebook: Tensor, metric: str, *, keeps: bool, dtype: torch.dtype = torch.float32, shifts: bool = False
@@ -189,14 +193,16 @@ def _decided(found: Candidates, x: Tensor, codes: Tensor, prepared: Prepared, lo
 def _search_again(x: Tensor, codes: Tensor, reached: Tensor, before: Prepared, longest: float) -> Tensor:
     """Winners of crowded tokens ``[n, D]`` among ``codes [K, D]`` where ``reached [K]``."""
     numbers = reached.nonzero()[:, 0]
-    first = first_of_equal(codes[numbers])
-    numbers = numbers[first == torch.arange(len(first), device=x.device)]
-    again = Prepared(codes[numbers], before.metric, keeps=False, dtype=before.dtype, shifts=True)
+    few = codes.index_select(0, numbers)
+    is_first = first_of_equal(few) == torch.arange(len(few), device=x.device)
+    if not is_first.all():
+        numbers, few = numbers[is_first], few[is_first]
+    again = Prepared(few, before.metric, keeps=False, dtype=before.dtype, shifts=True)
     if 2 * len(numbers) > len(codes) and not tuning.CLOSER * again.plain.longest < longest:
         if before.dtype == torch.float64:
             distinct, inverse = torch.unique(first_of_equal(x), return_inverse=True)
-            return numbers[reference.nearest_code(x[distinct], codes[numbers], before.metric)][inverse]
-        again = Prepared(codes[numbers], before.metric, keeps=False, dtype=torch.float64, shifts=True)
+            return numbers[reference.nearest_code(x[distinct], few, before.metric)][inverse]
+        again = Prepared(few, before.metric, keeps=False, dtype=torch.float64, shifts=True)
     return numbers[_search(x, again)]
 
 
