@@ -41,9 +41,14 @@ def test_links_lead_to_files_and_headings(document):
             assert heading in [title.lower().replace(" ", "-") for title in headings]
 
 
+def results_of(benchmark):
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    return cells(re.search(rf"<!-- bench:{benchmark} -->(.*)<!-- /bench:{benchmark} -->", text, re.DOTALL)[1])
+
+
 def test_the_summary_of_speed_is_that_of_the_results():
-    results = cells((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("bench:search -->")[1])
-    head, *rows = [row for row in cells(README) if len(row) == 5]
+    results = results_of("search")
+    head, *rows = table("shape")
     assert head[3:] == ["expanded formula", "fastest other tool"]
     assert len(rows) == 10
     for row in rows:
@@ -54,7 +59,26 @@ def test_the_summary_of_speed_is_that_of_the_results():
         assert row == [*found[:3], others["expanded formula"], f"{others[fastest]} ({fastest})"]
 
 
+def test_the_worst_cases_are_those_of_the_results():
+    (_, *columns), *results = zip(*results_of("worst"), strict=True)
+    head, *rows = zip(*table("codebook"), strict=True)
+    assert len(rows) == 4
+    for size, *ratios in rows:
+        found = dict(zip(columns, next(cells for name, *cells in results if name == size), strict=True))
+        assert ratios == [found[kind] for kind in head[1:]]
+
+
+def table(first):
+    """The table of the README whose first heading this is."""
+    block = next(block for block in README.split("\n\n") if block.startswith(f"| {first} |"))
+    return cells(block)
+
+
 def cells(text):
     """The rows of the tables in ``text``, without the lines under the headings."""
-    lines = (line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---"))
+    lines = (
+        line
+        for line in text.splitlines()
+        if line.startswith("| ") and not line.startswith("|---") and not line.startswith("| ---")
+    )
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

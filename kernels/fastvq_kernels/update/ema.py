@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import EMA
-from ..launch import cdiv, dense
+from ..launch import all_registers, cdiv, dense
 
 # From here on, halfway between float32's largest number and the next power of two, numbers round to infinity.
 INFINITE = tl.constexpr(2.0**128 - 2.0**103)
@@ -142,6 +142,6 @@ def ema_step(
     ema_kernel[(cdiv(K, block_k),)](
         embeddings, N, z_avg, moved, moved.sum(), dense(sums), rows if rows is None else dense(rows), found, stays,
         K, *halves(decay), *halves(smoothing), *halves(threshold), *halves(per_token),
-        D=D, BK=block_k, BD=block_d, RESETS=resets, num_warps=EMA.num_warps, enable_fp_fusion=False,
+        D=D, BK=block_k, BD=block_d, RESETS=resets, num_warps=EMA.num_warps, enable_fp_fusion=False, **all_registers(),
     )  # fmt: skip
     return stays
